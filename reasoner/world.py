@@ -1,0 +1,72 @@
+"""Ranks: the only file that knows of other processes. Alone (size 1) every call is a no-op. More GPUs are torchrun's business."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _distributed():
+    import torch.distributed as distributed
+
+    return distributed if distributed.is_available() and distributed.is_initialized() else None
+
+
+def rank() -> int:
+    """This process's number, 0 to size() - 1."""
+    distributed = _distributed()
+    return distributed.get_rank() if distributed else 0
+
+
+def size() -> int:
+    """How many processes train together."""
+    distributed = _distributed()
+    return distributed.get_world_size() if distributed else 1
+
+
+def is_main() -> bool:
+    """True on the one rank that writes files and speaks."""
+    return rank() == 0
+
+
+def start() -> None:
+    """Join the other processes if torchrun started us (it sets WORLD_SIZE); alone, do nothing."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+        import torch.distributed as distributed
+
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop() -> None:
+    """Leave the others; the counterpart of start()."""
+    distributed = _distributed()
+    if distributed:
+        distributed.destroy_process_group()
+
+
+def sum_over_ranks(tensor: "Tensor") -> "Tensor":
+    """The tensor summed over all ranks, in place; counts are passed as float64 so that no sum is rounded."""
+    distributed = _distributed()
+    if distributed:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_over_ranks(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    distributed = _distributed()
+    if not distributed:
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    distributed = _distributed()
+    if distributed:
+        distributed.barrier()
