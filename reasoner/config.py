@@ -178,7 +178,7 @@ class Evaluate:
     samples: Annotated[int, Field(ge=0)] = 8  # a problem, for sampled accuracy and pass@k; 0: greedy only
     temperature: PositiveFloat = 1.0
     max_completion_tokens: PositiveInt | None = None  # none: grpo's
-    accuracy: str = "accuracy"  # the reward part that says right (1) or wrong
+    accuracy: str | None = None  # the reward part that says right (1) or wrong; none: `accuracy`, else the first
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -222,6 +222,11 @@ def validate(values: Mapping[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from None
     for where, node in _data_nodes(config):
         data_of(config, node, where)
+    if not config.reward.parts:
+        raise ConfigError("reward.parts is empty: name a reward, e.g. reward=my_reward.py:score or reward=math")
+    part = config.evaluate.accuracy
+    if part is not None and part not in config.reward.parts:
+        raise ConfigError(f"evaluate.accuracy={part}: there is no such reward part{nearest(part, list(config.reward.parts))}")
     return config
 
 

@@ -7,6 +7,7 @@ ReasonerError
 │   ├── RewardError          a reward function that can't be found, called or trusted
 │   ├── ModelError           a model, tokenizer or template
 │   ├── RunFolderError       the output folder: not writable, locked, full, nothing to resume
+│   ├── OutOfMemory          one sequence alone does not fit
 │   └── MissingExtra         an optional package that is not installed, with the command that installs it
 ├── GuardTripped         3   a guard stopped the run; its checkpoint is kept
 └── Interrupted        130   Ctrl-C, or 143 on SIGTERM; the checkpoint is kept
@@ -41,6 +42,10 @@ class ModelError(InputError):
 
 class RunFolderError(InputError):
     """The output folder is not writable, locked, full, or has nothing to resume from."""
+
+
+class OutOfMemory(InputError):
+    """A single sequence does not fit in memory, so there is nothing left to halve."""
 
 
 class MissingExtra(InputError):

@@ -1,11 +1,26 @@
-"""The update loop (contract first; the loop follows)."""
+"""The one update loop, for SFT and GRPO alike: cut by token budget, accumulate, divide once, clip, step.
 
+It leaves out what a batch means: a batch is packed sequences with the counts of the whole step, a loss is a function of a piece of it. No trainer
+has a backward of its own, so splitting a batch, running out of memory, or adding ranks can't change a gradient.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
+
+from reasoner import world
+from reasoner.config import Optim, build
+from reasoner.errors import GuardTripped, OutOfMemory
 
 Normalizer = Literal["tokens", "sequences", "constant"]
+MAX_SKIPPED = 3  # non-finite steps in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +52,11 @@ class LossOutput:
 class Batch(Protocol):
     """What the updater can cut: packed sequences with the counts of the whole step."""
 
-    token_ids: Tensor
-    completion_mask: Tensor
-    layout: Any
+    @property
+    def token_ids(self) -> Tensor: ...
+
+    @property
+    def completion_mask(self) -> Tensor: ...
 
     @property
     def counts(self) -> StepCounts: ...
@@ -47,3 +64,142 @@ class Batch(Protocol):
     def split(self, max_tokens: int) -> list[Self]:
         """Whole sequences in pieces of at most max_tokens (a longer sequence is a piece of its own)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What one step did. `metrics` are means over the tokens that ran, or maxima; `grad_norm` is before clipping."""
+
+    metrics: Mapping[str, float]
+    grad_norm: float
+    lr: float
+    stepped: bool  # False: nothing to learn from, or a non-finite gradient
+
+
+def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
+    """The rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then constant, linear or cosine decay to 0 at num_steps."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / (optim.warmup_steps + 1)
+    if optim.decay == "constant":
+        return optim.lr
+    done = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
+    left = 1 - done if optim.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optim.lr * max(0.0, left)
+
+
+class Updater:
+    """Owns the optimizer and turns a batch and a loss into one step of the trainable weights."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        optim: Optim,
+        *,
+        num_steps: int,
+        tokens_per_micro_batch: int,
+        say: Callable[[str], None],
+        save_bad_batches_to: Path,
+    ):
+        self.parameters = dict(parameters)
+        self.optim = optim
+        self.num_steps = num_steps
+        self.tokens_per_micro_batch = tokens_per_micro_batch
+        self.say = say
+        self.save_bad_batches_to = save_bad_batches_to
+        self.optimizer: torch.optim.Optimizer = build(optim.optimizer, params=list(self.parameters.values()), lr=optim.lr)
+        self.step_index = 0
+        self.num_skipped = 0
+
+    def run(self, batch: Any, loss: Callable[[Any], LossOutput]) -> UpdateResult:
+        """One optimizer step of `loss` over the whole `batch`.
+
+        `loss` is called for each micro-batch; its sum is divided by the whole step's count, so the gradient does not depend on the cut. Out of
+        memory: the gradients are zeroed, the token budget halved and the whole step redone. A step without a sequence, or with a non-finite
+        gradient, moves no weight. Raises GuardTripped after three non-finite steps in a row, OutOfMemory when one sequence alone is too much.
+        """
+        metrics = self._accumulate(batch, loss)
+        lr = learning_rate(self.optim, self.step_index, self.num_steps)
+        self.step_index += 1
+        self._sum_gradients()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not gradients:
+            return UpdateResult(metrics, 0.0, lr, stepped=False)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self._skip(batch, norm)
+            return UpdateResult(metrics, norm, lr, stepped=False)
+        self.num_skipped = 0
+        if norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(
+                list(self.parameters.values()), self.optim.max_grad_norm, torch.tensor(norm, device=gradients[0].device)
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return UpdateResult(metrics, norm, lr, stepped=norm > 0)
+
+    def _accumulate(self, batch: Any, loss: Callable[[Any], LossOutput]) -> dict[str, float]:
+        while True:
+            try:
+                return self._pass(batch.split(self.tokens_per_micro_batch), loss)
+            except torch.OutOfMemoryError as error:
+                self.optimizer.zero_grad(set_to_none=True)
+                longest = max(piece.token_ids.numel() for piece in batch.split(1))
+                if self.tokens_per_micro_batch <= longest:
+                    raise OutOfMemory(
+                        f"out of memory with a single sequence of {longest} tokens: lower grpo.max_completion_tokens or data.max_prompt_tokens, "
+                        "or set model.gradient_checkpointing=true"
+                    ) from error
+                self.tokens_per_micro_batch = max(longest, self.tokens_per_micro_batch // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.say(f"out of memory: the step is redone with tokens_per_micro_batch={self.tokens_per_micro_batch}")
+
+    def _pass(self, pieces: list[Any], loss: Callable[[Any], LossOutput]) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        num_tokens = 0
+        for piece in pieces:
+            output = loss(piece)
+            (output.sum / piece.counts.of(output.normalizer)).backward()
+            num_tokens += int(piece.completion_mask.sum())
+            for name, value in output.metrics.items():
+                value = value.detach().double()
+                if name not in sums:
+                    sums[name] = value
+                else:
+                    sums[name] = torch.maximum(sums[name], value) if name.endswith("_max") else sums[name] + value
+        return _means(sums, num_tokens)
+
+    def _sum_gradients(self) -> None:
+        if world.size() == 1:
+            return
+        for parameter in self.parameters.values():  # a rank whose rows were all dropped still takes part, with zeros
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            world.sum_over_ranks(parameter.grad)
+
+    def _skip(self, batch: Any, norm: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_skipped += 1
+        path = self.save_bad_batches_to / f"bad-batch-{self.step_index - 1:06d}.safetensors"
+        if world.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: getattr(batch, name) for name in ("token_ids", "completion_mask")}
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        self.say(f"gradient norm {norm}: the step is skipped, its batch is in {path}")
+        if self.num_skipped >= MAX_SKIPPED:
+            raise GuardTripped(
+                f"{MAX_SKIPPED} steps in a row had a gradient that is not finite: lower the stage's optim.lr; the batches are in {path.parent}"
+            )
+
+
+def _means(sums: dict[str, Tensor], num_tokens: int) -> dict[str, float]:
+    """Sums -> means over the tokens of all ranks; maxima -> maxima over all ranks."""
+    ranks = world.gather_over_ranks(({name: float(value) for name, value in sums.items()}, num_tokens))
+    total = max(1, sum(tokens for _, tokens in ranks))
+    means: dict[str, float] = {}
+    for name in dict.fromkeys(name for values, _ in ranks for name in values):
+        found = [values[name] for values, _ in ranks if name in values]
+        means[name] = max(found) if name.endswith("_max") else sum(found) / total
+    return means

@@ -1,0 +1,121 @@
+"""The command line: `python -m reasoner conf=NAME [key=value ...]`. Errors of the user's end here in one line and their exit code."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from reasoner import __version__
+from reasoner.compose import PackagedConfs, annotated_yaml, compose_conf, groups_in, list_confs, locate, packaged_confs, rewrite
+from reasoner.config import nearest, validate
+from reasoner.errors import ConfigError, ReasonerError
+
+VERBS = ("train",)
+USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
+       python -m reasoner resume=RUN_FOLDER [key=value ...]
+
+  conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
+  key=value         change a setting: grpo.steps=50 model=smol loss=gspo reward=my_reward.py:score
+  --cfg job         print every setting with what set it, and stop
+  --multirun        one run, each in a process of its own, for every value of key=a,b
+  --version         print the version"""
+OF_HYDRA = ("--multirun", "-m", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 wrong input, 3 a guard stopped it, 130 or 143 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except ReasonerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if "--version" in arguments:
+        print(__version__)
+        return 0
+    if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
+        verb = arguments.pop(0)
+        if verb not in VERBS:
+            raise ConfigError(f"unknown command '{verb}'{nearest(verb, list(VERBS))}")
+    overrides, flags = _sort(arguments)
+    settings = dict(override.partition("=")[::2] for override in overrides)
+    conf, run = settings.get("conf"), settings.get("resume")
+    if conf is None and run is not None:
+        conf = str(Path(run) / "config.yaml")
+    if conf is None:
+        asked = "--help" in flags or "-h" in flags
+        print(f"{USAGE}\n\nconfs:\n{_listing()}", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    overrides = [override for override in overrides if not override.startswith("conf=")]
+    if any(flag.split("=")[0] in (*OF_HYDRA, "--help", "-h") for flag in flags):
+        return _hydra(conf, overrides, flags)
+    return _train(conf, overrides, show=_wants_listing(flags))
+
+
+def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and flags with the value that follows them."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for argument in arguments:
+        takes_value = bool(flags) and flags[-1] in ("--cfg", "-c", "--info", "-i") and "=" not in argument
+        (flags if argument.startswith("-") or takes_value else overrides).append(argument)
+    return overrides, flags
+
+
+def _wants_listing(flags: list[str]) -> bool:
+    if not flags:
+        return False
+    if flags in (["--cfg", "job"], ["-c", "job"], ["--cfg=job"]):
+        return True
+    raise ConfigError(f"unknown option '{' '.join(flags)}'{nearest(flags[0], ['--cfg', '--multirun', '--help', '--version'])}")
+
+
+def _listing() -> str:
+    confs = list_confs()
+    width = max((len(name) for name, _ in confs), default=0)
+    return "\n".join(f"  {name:{width}}  {line}" for name, line in confs)
+
+
+def _train(conf: str, overrides: list[str], *, show: bool) -> int:
+    composed = compose_conf(conf, overrides)
+    config = validate(composed.values)
+    if show:
+        print(annotated_yaml(asdict(config), composed.sources), end="")
+        return 0
+    from reasoner.pipeline import Pipeline
+
+    Pipeline(config, base_dir=composed.folder, sources=composed.sources).run()
+    return 0
+
+
+def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:
+    """Hydra's own --help, --info and --multirun. Each job of a multirun is a process of its own: a GPU is only given back by exiting."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.plugins import Plugins
+
+    folder, name = locate(conf)
+    Plugins.instance().register(PackagedConfs)
+    codes: list[int] = []
+
+    def job(_: object) -> None:
+        command = [sys.executable, "-m", "reasoner", f"conf={conf}", *HydraConfig.get().overrides.task]
+        codes.append(subprocess.run(command, check=False).returncode)
+
+    groups = groups_in([folder, packaged_confs()])
+    typed = [part for override in overrides for part in rewrite(override, groups)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors then reach us instead of ending in hydra's own report
+    sys.argv = ["reasoner", "--config-path", str(folder), "--config-name", name, *typed, *flags]
+    hydra.main(version_base="1.3")(job)()
+    return next((code for code in codes if code), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
