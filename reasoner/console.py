@@ -6,11 +6,13 @@ cursor or be taken for markup. Left out: what to show when, which the stages dec
 """
 
 import math
+import os
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from typing import Any, TextIO
 
@@ -189,13 +191,21 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+class _Screen(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Go silent where `| head` has read enough: the run goes on, its files hold everything."""
+        self.quiet = True
+        with suppress(OSError):  # a stream without a descriptor has nothing left to flush at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Console:
     """Where a run speaks; silent on ranks other than the main one. A context manager: leaving it closes it."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
         self._speaks = world.is_main()
-        self._rich = RichConsole(file=self._stream, highlight=False, markup=False, emoji=False)
+        self._rich = _Screen(file=self._stream, highlight=False, markup=False, emoji=False)
         self._live: Live | None = None
         self._line = ""
         self._printed_at = float("-inf")
@@ -276,9 +286,5 @@ class Console:
         self._print(line)
 
     def _print(self, text: str) -> None:
-        try:
-            encoding = self._stream.encoding or "utf-8"
-            self._rich.print(Text(text.encode(encoding, "replace").decode(encoding)), soft_wrap=True)
-            self._stream.flush()
-        except BrokenPipeError:  # `| head` has read enough: the run goes on, its files hold everything
-            self._speaks = False
+        encoding = self._stream.encoding or "utf-8"
+        self._rich.print(Text(text.encode(encoding, "replace").decode(encoding)), soft_wrap=True)

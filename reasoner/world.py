@@ -1,15 +1,15 @@
-"""Ranks: the only file that knows of other processes. Alone (size 1) every call is a no-op. More GPUs are torchrun's business."""
+"""Ranks: the only file that knows of other processes. Alone every call is a no-op; more GPUs are torchrun's part."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _distributed():
-    import torch.distributed as distributed
-
-    return distributed if distributed.is_available() and distributed.is_initialized() else None
+def _distributed() -> Any:
+    distributed = sys.modules.get("torch.distributed")  # not imported: nobody joined, torch need not load
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
 
 
 def rank() -> int:
