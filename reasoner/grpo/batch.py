@@ -2,8 +2,8 @@
 
 Four records, each made once from the one before:
 
-    PackedBatch    what any logprob pass needs, for all completions of some groups
-    RolloutBatch   + advantages and the counts of the whole step: what the engine and the rewards gave
+    PackedBatch    what any logprob pass needs (SFT's batch is one too)
+    RolloutBatch   + sampling logprobs, advantages and the counts of the whole step: what the engine and rewards gave
     TrainBatch     + what forward passes before the first update gave, where the step has such: what a loss is made on
     LossInputs     the trained tokens of a micro-batch (losses.py)
 
@@ -35,25 +35,17 @@ class PackedBatch:
     """Prompts with their completions, side by side.
 
     >>> PackedBatch(token_ids=tensor([5, 3, 6, 1, 5, 9, 7]), layout=Layout.of([4, 3]),
-    ...             completion_mask=tensor([False, False, True, True, False, False, True]),
-    ...             sampling_logprobs=tensor([0.0, 0.0, -0.2, -0.01, 0.0, 0.0, -1.3]))
+    ...             completion_mask=tensor([False, False, True, True, False, False, True]))
     """
 
     token_ids: Tensor  # int64 [N]
     layout: Layout
     completion_mask: Tensor  # bool [N], True = trained
-    sampling_logprobs: Tensor  # float32 [N], 0.0 where not sampled
 
     def __post_init__(self) -> None:
         shape = (sum(self.layout.lengths),)
-        for tensor, dtype in (
-            (self.token_ids, torch.int64),
-            (self.completion_mask, torch.bool),
-            (self.sampling_logprobs, torch.float32),
-        ):
-            assert tensor.shape == shape and tensor.dtype == dtype, (
-                f"{list(tensor.shape)} {tensor.dtype}, want {shape} {dtype}"
-            )
+        assert self.token_ids.shape == shape and self.token_ids.dtype == torch.int64
+        assert self.completion_mask.shape == shape and self.completion_mask.dtype == torch.bool
 
     def trained(self, values: Tensor) -> Tensor:
         """The values of the trained tokens: [N] -> [M]."""
@@ -82,14 +74,17 @@ class RolloutBatch(PackedBatch):
     """What the step sampled and judged. `counts` speak of the whole step, over all ranks, whatever rows left.
 
     >>> counts = StepCounts(tokens=3, sequences=2, groups=1, constant=2 * 8)
-    >>> RolloutBatch(**packed, advantages=tensor([1.5, -0.5]), counts=counts)
+    >>> RolloutBatch(**packed, sampling_logprobs=tensor([0.0, 0.0, -0.2, -0.01, 0.0, 0.0, -1.3]),
+    ...              advantages=tensor([1.5, -0.5]), counts=counts)
     """
 
+    sampling_logprobs: Tensor  # float32 [N], 0.0 where not sampled
     advantages: Tensor = field(metadata=PER_SEQUENCE)  # float32 [B]
     counts: StepCounts
 
     def __post_init__(self) -> None:
         PackedBatch.__post_init__(self)
+        assert self.sampling_logprobs.shape == self.token_ids.shape and self.sampling_logprobs.dtype == torch.float32
         assert self.advantages.shape == (self.layout.num_sequences,) and self.advantages.dtype == torch.float32
 
 
@@ -148,15 +143,24 @@ def collate(
     live = [(row, advantage) for row, advantage in rows if any(row[2])]
     counts = _step_counts([row for row, _ in live], len(judged), max_completion_tokens)
     kept = [(row, advantage) for row, advantage in live if not (drop_dead and advantage == 0)]
-    advantages = torch.tensor([advantage for _, advantage in kept], dtype=torch.float32).to(device)
-    return RolloutBatch(**_packed([row for row, _ in kept], device), advantages=advantages, counts=counts)
+    sampling = [
+        value
+        for (prompt, completion, _), _ in kept
+        for value in (0.0,) * len(prompt.token_ids) + completion.sampling_logprobs
+    ]
+    return RolloutBatch(
+        **_packed([row for row, _ in kept], device),
+        sampling_logprobs=torch.tensor(sampling, dtype=torch.float32).to(device),
+        advantages=torch.tensor([advantage for _, advantage in kept], dtype=torch.float32).to(device),
+        counts=counts,
+    )
 
 
 def loss_inputs(batch: TrainBatch, logprobs: Logprobs) -> LossInputs:
     """The trained tokens of a micro-batch, from the current policy's [N]; weights are 1 until `Mismatch` sets them."""
     current = batch.trained(logprobs.logprobs)
     old = current.detach() if batch.old_logprobs is None else batch.trained(batch.old_logprobs).to(current.dtype)
-    sequence = _trained_sequences(batch)
+    sequence = trained_sequences(batch)
     return LossInputs(
         logprobs=current,
         old_logprobs=old,
@@ -169,7 +173,8 @@ def loss_inputs(batch: TrainBatch, logprobs: Logprobs) -> LossInputs:
     )
 
 
-def _trained_sequences(batch: PackedBatch) -> Tensor:
+def trained_sequences(batch: PackedBatch) -> Tensor:
+    """Which sequence each trained token belongs to: int64 [M]."""
     begins = batch.layout.cu_seqlens[:-1].long()
     assert not batch.completion_mask[begins].any(), "a sequence's first token can't be predicted: nothing is before it"
     return batch.trained(batch.layout.sequence_ids)
@@ -198,16 +203,13 @@ def _step_counts(rows: Sequence[Row], num_groups: int, max_completion_tokens: in
 def _packed(rows: Sequence[Row], device: torch.device | str | None) -> dict[str, Any]:
     ids: list[int] = []
     mask: list[bool] = []
-    sampling: list[float] = []
     for prompt, completion, trained in rows:
         assert prompt.token_ids, f"prompt {prompt.id} has no tokens to predict its completion's first token from"
         ids += prompt.token_ids + completion.token_ids
         mask += (False,) * len(prompt.token_ids) + trained
-        sampling += (0.0,) * len(prompt.token_ids) + completion.sampling_logprobs
     lengths = [len(prompt.token_ids) + len(completion.token_ids) for prompt, completion, _ in rows]
     return {
         "token_ids": torch.tensor(ids, dtype=torch.int64).to(device),
         "layout": Layout.of(lengths, device),
         "completion_mask": torch.tensor(mask, dtype=torch.bool).to(device),
-        "sampling_logprobs": torch.tensor(sampling, dtype=torch.float32).to(device),
     }
