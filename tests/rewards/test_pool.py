@@ -1,0 +1,322 @@
+"""Worker processes: what hangs, dies or floods costs its own call alone (PITFALLS D17, E1, E2, E8, E9, E12, G3)."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from reasoner.config import RewardPart
+from reasoner.rewards.pool import Call, Failure, Pool, Setup, Worker
+
+BOMBS = [
+    r"\boxed{9^{9^9}}",
+    r"\boxed{\binom{10^7}{5*10^6}}",
+    "\\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}",
+    r"\boxed{1000000!}",
+]
+REPO = Path(__file__).parents[2]
+
+
+def wait_until(condition, limit_s: float = 30.0) -> bool:
+    """Whether the condition came true in time; polled, since another process makes it so."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def alive(pid: int) -> bool:
+    """False for a zombie too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_e2_bombs_cost_themselves_only(load, make_prompt, make_completion):
+    rewards = load({"accuracy": "math"}, workers=2)
+    prompt = make_prompt("18", answer_kind="latex")
+    scores = rewards.score([prompt] * 5, [make_completion(text) for text in [*BOMBS, r"\boxed{\frac{36}{2}}"]])
+    assert scores[4].parts == {"accuracy": 1.0}
+    assert [score.total for score in scores[:4]] == [0.0] * 4
+    assert scores[1].failures  # within the caps, but math-verify gives no verdict
+    assert rewards.score([prompt], [make_completion(r"\boxed{18}")])[0].parts == {"accuracy": 1.0}
+
+
+def misbehave(completion: str) -> float:
+    """Stands for a stranger's function that does what its completion says."""
+    import os
+    import signal
+    import sys
+    import time
+
+    match completion:
+        case "sleep":
+            time.sleep(1000)
+        case "spin":
+            while True:
+                pass
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "leave":
+            os._exit(3)
+        case "exit":
+            sys.exit(3)
+        case "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        case "flood":
+            return len(bytearray(5 << 30))  # never touched, so only the limit refuses it
+        case "print":
+            print("noise on standard output")
+            os.write(1, b"and below it")
+        case "read":
+            return len(sys.stdin.read())
+    return 1.0
+
+
+def test_e2_hangs_deaths_and_floods_are_failures_and_the_pool_lives_on(score):
+    def act(completion):
+        return misbehave(completion)
+
+    texts = ["sleep", "fine", "spin", "die", "leave", "exit", "flood", "interrupt", "print", "read", "fine"]
+    scores = dict(zip(texts, score(act, texts, workers=2, timeout_s=2.0), strict=True))
+    assert scores["sleep"].failures == scores["spin"].failures == {"part": "timed out after 2 s"}
+    assert scores["die"].failures == {"part": "its process died (signal 9)"}
+    assert scores["leave"].failures == {"part": "its process ended (exit code 3)"}
+    assert scores["exit"].failures["part"].startswith("SystemExit: 3 (test_pool.py:")
+    assert scores["flood"].failures["part"].startswith("MemoryError: more memory than a worker may have")
+    assert (
+        scores["fine"].parts == scores["interrupt"].parts == scores["print"].parts == {"part": 1.0}
+    )  # G3: SIGINT is the parent's
+    assert scores["read"].parts == {"part": 0.0}
+    assert not any(scores[text].parts for text in ("sleep", "spin", "die", "leave", "exit", "flood"))
+
+
+def test_kill_9_of_a_worker_in_mid_call(load, make_prompt, make_completion, tmp_path):
+    marker = str(tmp_path / "pid")
+
+    def hang(completion):
+        import os
+        import time
+        from pathlib import Path
+
+        if completion == "hang":
+            Path(marker + ".new").write_text(str(os.getpid()))
+            os.rename(marker + ".new", marker)
+            time.sleep(1000)
+        return 1.0
+
+    rewards = load({"part": RewardPart(fn="hang", timeout_s=100)}, workers=1, hang=hang)
+
+    def kill():
+        assert wait_until(Path(marker).exists)
+        os.kill(int(Path(marker).read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    scores = rewards.score([make_prompt("18")] * 2, [make_completion("hang"), make_completion("after")])
+    killer.join()
+    assert scores[0].failures == {"part": "its process died (signal 9)"}
+    assert scores[1].parts == {"part": 1.0}
+
+
+def test_children_of_a_killed_reward_are_killed_too(score, tmp_path):
+    marker = str(tmp_path / "pid")
+
+    def start_another(completion):
+        import subprocess
+        import time
+        from pathlib import Path
+
+        child = subprocess.Popen(["sleep", "1000"])
+        Path(marker).write_text(str(child.pid))
+        time.sleep(1000)
+
+    assert score(start_another, [""], timeout_s=3.0)[0].failures
+    pid = int(Path(marker).read_text())
+    assert wait_until(lambda: not alive(pid))
+
+
+def test_e1_scores_asked_for_in_a_thread(load, make_prompt, make_completion):
+    rewards = load({"accuracy": "math"}, workers=1)
+    scores = []
+    prompt = make_prompt(r"\frac{1}{2}", answer_kind="latex")
+    thread = threading.Thread(target=lambda: scores.extend(rewards.score([prompt], [make_completion(r"\boxed{0.5}")])))
+    thread.start()
+    thread.join()
+    assert scores[0].parts == {"accuracy": 1.0}
+    assert rewards.score([prompt], [make_completion(r"\boxed{1}")])[0].parts == {"accuracy": 0.0}
+
+
+def test_workers_outlive_the_thread_that_asked_first(score, load, make_prompt, make_completion):
+    """The kernel kills a worker with the thread that started it, so that must not be the caller's."""
+
+    def pid(completion):
+        import os
+
+        return os.getpid()
+
+    rewards = load({"part": "pid"}, workers=1, pid=pid)
+    seen: list[float] = []
+
+    def ask():
+        seen.append(rewards.score([make_prompt("18")], [make_completion("")])[0].total)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    ask()
+    assert seen[0] == seen[1] != os.getpid()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a busy worker ends with its call")
+def test_d17_kill_9_of_the_parent_leaves_no_worker(tmp_path):
+    marker = tmp_path / "pid"
+    program = f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+from pathlib import Path
+from reasoner.config import Reward, RewardPart
+from reasoner.rewards.base import load_rewards
+from reasoner.types import Completion, Prompt
+
+def hang(completion):
+    import os, time
+    Path({str(marker)!r} + ".new").write_text(str(os.getpid()))
+    os.rename({str(marker)!r} + ".new", {str(marker)!r})
+    while True:
+        pass
+
+parts = {{"part": RewardPart(fn="hang", timeout_s=1000)}}
+rewards = load_rewards(Reward(parts, workers=1), functions={{"hang": hang}}, base_dir=Path("."), columns=set())
+rewards.score([Prompt("", "", "", {{}}, ())], [Completion((), (), (), "", "stop", 0, 0)])
+"""
+    with subprocess.Popen([sys.executable, "-c", program]) as parent:
+        assert wait_until(marker.exists, 60)
+        worker = int(marker.read_text())
+        assert alive(worker)
+        parent.kill()
+    assert wait_until(lambda: not alive(worker))
+
+
+def test_g3_workers_have_their_own_process_group(score):
+    def group(completion):
+        import os
+
+        return os.getpgrp()
+
+    assert score(group, [""])[0].total != os.getpgrp()
+
+
+def test_close_ends_a_busy_worker(load, make_prompt, make_completion, tmp_path):
+    marker = str(tmp_path / "pid")
+
+    def hang(completion):
+        import os
+        import time
+        from pathlib import Path
+
+        Path(marker + ".new").write_text(str(os.getpid()))
+        os.rename(marker + ".new", marker)
+        time.sleep(1000)
+
+    rewards = load({"part": RewardPart(fn="hang", timeout_s=1000)}, workers=1, hang=hang)
+    scores = []
+    thread = threading.Thread(target=lambda: scores.extend(rewards.score([make_prompt("")], [make_completion("")])))
+    thread.start()
+    assert wait_until(Path(marker).exists)
+    rewards.close()
+    thread.join()
+    assert scores[0].failures == {"part": "its process died (signal 9)"}
+    assert not alive(int(Path(marker).read_text()))
+
+
+def test_e12_order_batch_and_number_of_workers_change_nothing(load, make_prompt, make_completion):
+    parts = {"accuracy": "math", "format": RewardPart(fn="think_format", weight=0.1)}
+    cases = [
+        (make_prompt(str(i), answer_kind="number"), make_completion(f"<think>{i}</think>#### {i % 7}"))
+        for i in range(60)
+    ]
+    cases += [
+        (make_prompt(rf"\frac{{{i}}}{{7}}", answer_kind="latex"), make_completion(rf"\boxed{{{i % 3}/7}}"))
+        for i in range(6)
+    ]
+    prompts, completions = zip(*cases, strict=True)
+    one, two = load(parts, workers=1), load(parts, workers=2)
+    first = one.score(prompts, completions)
+    assert {score.total for score in first} == {0.0, 0.1, 1.0, 1.1}
+    assert one.score(prompts, completions) == first
+    order = list(range(len(cases)))
+    random.Random(0).shuffle(order)
+    shuffled = two.score([prompts[i] for i in order], [completions[i] for i in order])
+    assert shuffled == [first[i] for i in order]
+
+
+HARD_TEXTS = [
+    "<think>" * 3000,
+    "</think>" * 2500,
+    r"\boxed{" * 2800,
+    "{" * 20_000,
+    "#### " * 4000,
+    "####" + "1,234" * 4000,
+    "####" + " " * 20_000,
+    "\\boxed{" + "a " * 10_000 + "}",
+    "\\boxed{" + r"\text{" * 3000 + "}" * 3000 + "}",
+    "<|" * 10_000,
+    "\n" * 20_000 + "####",
+    "#### 1" + "\n \t" * 6600,
+    "1,234" * 4000,
+    "-" * 20_000,
+    "1." * 10_000,
+    "$1 " * 6600,
+]
+
+
+@pytest.mark.parametrize("kind", ["number", "latex", "choice", "text"])
+def test_e9_built_ins_take_no_polynomial_time(load, make_prompt, make_completion, kind):
+    """20,000 characters meant to make patterns go back again and again; a limit that a linear pattern can't meet."""
+    gold = {"number": "18", "latex": "18", "choice": "A", "text": "yes"}[kind]
+    slow = {"timeout_s": 10.0}
+    parts = {"accuracy": RewardPart(fn="math", **slow), "format": RewardPart(fn="think_format", **slow)}
+    if kind == "number":
+        parts |= {"exact": RewardPart(fn="exact", **slow), "numeric": RewardPart(fn="numeric", **slow)}
+    rewards = load(parts, workers=1)
+    prompt = make_prompt(gold, answer_kind=kind)
+    scores = rewards.score([prompt] * len(HARD_TEXTS), [make_completion(text) for text in HARD_TEXTS])
+    assert [score.failures for score in scores] == [{}] * len(HARD_TEXTS)
+
+
+def test_a_row_that_can_not_be_pickled_is_a_failure(load, make_prompt, make_completion):
+    rewards = load({"part": "takes"}, workers=1, columns={"thing"}, takes=lambda thing: 1.0)
+    scores = rewards.score([make_prompt("", thing=lambda: 0), make_prompt("", thing=2)], [make_completion("")] * 2)
+    assert "can't be sent to a worker" in scores[0].failures["part"]
+    assert scores[1].parts == {"part": 1.0}
+
+
+def test_a_worker_that_can_not_start_again_is_a_failure(tmp_path):
+    module = tmp_path / "gone_module.py"
+    module.write_text("import os\ndef score(completion): os._exit(1)\n")
+    pool = Pool(Setup({"part": ("module", "gone_module", "score", b"")}, (str(tmp_path), *sys.path)), 1)
+    try:
+        assert pool.run([Call("part", {"completion": ""}, 10.0)]) == [Failure("its process ended (exit code 1)")]
+        module.unlink()
+        (outcome,) = pool.run([Call("part", {"completion": ""}, 10.0)])
+        assert isinstance(outcome, Failure)
+        assert "could not be started again: ModuleNotFoundError" in outcome.reason
+    finally:
+        pool.close()
+
+
+def test_a_stopped_worker_leaves_no_process():
+    worker = Worker(Setup({"part": ("module", "reasoner.rewards.format", "think_format", b"")}, tuple(sys.path)))
+    assert worker.load()[0] == "loaded"
+    assert worker.stop() == -9
+    assert worker.stop() == 0
