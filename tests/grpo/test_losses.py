@@ -177,6 +177,16 @@ def test_c12_dual_clip_bounds_the_loss_and_clip_max_the_ratio():
     assert Grpo(clip_max=4, dual_clip=3)(inputs).sum.item() == pytest.approx(6)
 
 
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "value", "grad"),
+    [(1, 2, math.exp(0.4), 0), (1, 0.3, 0.3, -0.3), (-1, 0.3, -math.exp(-0.4), 0), (-1, 2, -2, 2)],
+)
+def test_c12_gmpo_clips_on_the_pessimistic_side_only(advantage, ratio, value, grad):
+    output, grads = gradient(Gmpo(), make_inputs([ratio], [advantage], [0]))
+    assert output.sum.item() == pytest.approx(-value)
+    assert grads.item() == pytest.approx(grad, abs=1e-12)
+
+
 def test_c8_length_bias():
     """Equal A, 10 and 100 tokens: a token weighs 1/10 and 1/100 in grpo, the same in dr_grpo and dapo."""
     inputs = make_inputs([1.0] * 110, [1.0] * 110, [0] * 10 + [1] * 100)
