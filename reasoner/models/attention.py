@@ -1,14 +1,15 @@
 """The only home of attention: sequences of any length side by side in one row, none of which sees another.
 
-`Layout` says where each sequence lies. `packed_attention` is what transformers calls in every layer once a model is loaded with
-`attn_implementation=PACKED`; no mask function is registered under that name, so transformers builds no mask and hands None. Left out:
-caches (a cached forward attends across sequences, so it raises), attention dropout (the base stays in eval mode while it is trained)
-and a fused kernel for soft-capped scores and sinks, which take the plain formula.
+`Layout` says where each sequence lies. `packed_attention` is what transformers calls in every layer once a model is
+loaded with `attn_implementation=PACKED`; no mask function is registered under that name, so transformers builds no mask
+and hands None. Left out: caches (a cached forward attends across sequences, so it raises), attention dropout (the base
+stays in eval mode while it is trained) and a fused kernel for soft-capped scores and sinks, which take the plain
+formula.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -89,15 +90,17 @@ def packed_attention(
     is_causal: bool | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each sequence: query [1, heads, N, d], key and value [1, kv_heads, N, d] -> [1, N, heads, d].
+    """Causal attention inside each sequence: query [1, heads, N, d], key and value [1, kv_heads, N, d] -> [1, N, heads,
+    d].
 
-    Raises ValueError where an answer would be silently wrong: no `cu_seq_lens_q`, a mask, a cache, dropout, attention that is not
-    causal, or a keyword that this function does not know.
+    Raises ValueError where an answer would be silently wrong: no `cu_seq_lens_q`, a mask, a cache, dropout, attention
+    that is not causal, or a keyword that this function does not know.
     """
     asked = sorted(name for name, setting in other.items() if setting is not None and setting is not False)
     if asked:
         raise ValueError(
-            f"packed attention does not know {', '.join(asked)}: this model family needs its row in reasoner/models/families.py"
+            f"packed attention does not know {', '.join(asked)}: give this model family a row in "
+            "reasoner/models/families.py"
         )
     if cu_seq_lens_q is None or attention_mask is not None or key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -105,10 +108,7 @@ def packed_attention(
         )
     if dropout or is_causal is False or getattr(module, "is_causal", True) is False:
         raise ValueError("packed attention is causal and has no dropout")
-    window = (
-        None if sliding_window is None or sliding_window >= int(max_length_q or query.shape[2]) else int(sliding_window)
-    )
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if varlen_supported(q, v, scores):
         return _varlen(q, k, v, cu_seq_lens_q, int(max_length_q or q.shape[0]), scores)[None], None
@@ -119,7 +119,7 @@ AttentionInterface.register(PACKED, packed_attention)
 
 
 def varlen_supported(query: Tensor, value: Tensor, scores: Scores) -> bool:
-    """True where torch's fused variable-length kernel may run: CUDA, 16 bit, plain scores, equal head sizes up to 256."""
+    """True where torch's fused variable-length kernel may run: CUDA, 16 bit, plain scores, heads of up to 256."""
     fits = query.shape[-1] == value.shape[-1] <= 256 and query.dtype in (torch.bfloat16, torch.float16)
     return query.is_cuda and fits and scores.soft_cap is None and scores.sinks is None
 
@@ -136,27 +136,24 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_s
 
 
 def _bucketed(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int], scores: Scores) -> Tensor:
-    """[N, heads, d] by any torch backend: sequences of like length (within a factor of two) padded with zeros into one batch.
+    """[N, heads, d] on any device: sequences of like length, within a factor of two, padded into one batch.
 
-    Right padding needs no mask: causality hides it from every real token, and what padding itself attends to is dropped.
+    Padding on the right needs no mask: causality hides it from every real token, and its own output is dropped.
     """
     groups = query.shape[1] // key.shape[1]
-    attend: Callable[..., Tensor] = partial(_attend, scores=scores)
     pieces, order = [], []
     for tokens, slots, shape in _buckets(cu_seqlens, query.device):
-        padded = (_pad(x, tokens, slots, shape) for x in (query, key, value))
-        q, k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 and i else x for i, x in enumerate(padded))
-        pieces.append(attend(q, k, v).transpose(1, 2).flatten(0, 1).index_select(0, slots))
+        q, k, v = (_pad(x, tokens, slots, shape) for x in (query, key, value))
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v)) if groups > 1 else (k, v)
+        pieces.append(_attend(q, k, v, scores).transpose(1, 2).flatten(0, 1).index_select(0, slots))
         order.append(tokens)
-    if len(order) == 1:
-        return pieces[0]
-    return torch.cat(pieces).index_select(0, torch.cat(order).argsort())
+    return torch.cat(pieces).index_select(0, torch.cat(order).argsort()) if len(order) > 1 else pieces[0]
 
 
 def _buckets(cu_seqlens: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
-    """For each bucket: its tokens' indices in the packed row, their slots in the padded batch, and that batch's [sequences, length]."""
+    """Each bucket's tokens (indices in the row), their slots in the padded batch, and its [sequences, length]."""
     by_power: dict[int, list[tuple[int, int]]] = {}
-    for begin, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+    for begin, end in pairwise(cu_seqlens):
         by_power.setdefault((end - begin - 1).bit_length(), []).append((begin, end - begin))
     for sequences in by_power.values():
         begins, lengths = torch.tensor(sequences).unbind(1)
@@ -168,27 +165,27 @@ def _buckets(cu_seqlens: list[int], device: torch.device) -> Iterator[tuple[Tens
 
 
 def _pad(x: Tensor, tokens: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[N, heads, d] -> [sequences, heads, length, d] with zeros on padding: a neighbour's NaN must not get in as 0 x NaN."""
-    rows = x if len(tokens) == len(x) and len(slots) == len(x) and shape[0] == 1 else x.index_select(0, tokens)
-    padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, slots, rows)
+    """[N, heads, d] -> [sequences, heads, length, d], padded with zeros: 0 x a neighbour's NaN would be NaN."""
+    padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, slots, x.index_select(0, tokens))
     return padded.unflatten(0, shape).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, *, scores: Scores) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Causal attention over [sequences, heads, length, d]."""
+    length = query.shape[2]
+    windowed = scores.window is not None and scores.window < length
     if scores.soft_cap is None and scores.sinks is None:
-        if scores.window is None:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scores.scale)
-        mask = _visible(query.shape[2], scores.window, query.device)
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scores.scale)
-    weights = (query @ key.transpose(2, 3)).float() * scores.scale
+        masking = {"attn_mask": _visible(length, scores.window, query.device)} if windowed else {"is_causal": True}
+        return scaled_dot_product_attention(query, key, value, scale=scores.scale, **masking)
+    products = query @ key.transpose(2, 3)
+    weights = products.to(torch.promote_types(products.dtype, torch.float32)) * scores.scale
     if scores.soft_cap is not None:
         weights = scores.soft_cap * torch.tanh(weights / scores.soft_cap)
-    weights = weights.masked_fill(~_visible(query.shape[2], scores.window, query.device), float("-inf"))
+    weights = weights.masked_fill(~_visible(length, scores.window, query.device), float("-inf"))
     if scores.sinks is not None:
-        sinks = scores.sinks.float()[None, :, None, None].expand(*weights.shape[:3], 1)
+        sinks = scores.sinks.to(weights.dtype)[None, :, None, None].expand(*weights.shape[:3], 1)
         weights = torch.cat([weights, sinks], dim=-1)
-    return weights.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value
+    return weights.softmax(-1)[..., :length].to(value.dtype) @ value
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -1,0 +1,70 @@
+"""LoRA through peft: one adapter, `policy`, trained by SFT and continued by GRPO, written in the PEFT layout.
+
+arXiv:2106.09685. Its matrices are float32 whatever the base is: bfloat16 would swallow small steps (0.02 - 1e-5 stays
+0.02). Left out: DoRA, biases, modules_to_save and adapters on the head or the embeddings, which would untie them.
+"""
+
+from copy import copy
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from reasoner import config
+from reasoner.errors import ModelError
+
+ADAPTER = "policy"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def attach(base: PreTrainedModel, lora: config.Lora, *, name: str, revision: str | None) -> PeftModel:
+    """The base frozen, with a new adapter that changes nothing yet (B = 0). `name` and `revision` say in its config
+    what base it is for.
+
+    Raises ModelError if a target is not a linear layer of this model, and lists those there.
+    """
+    there = _linear_names(base)
+    unknown = [target for target in lora.targets if target not in there]
+    if unknown:
+        raise ModelError(
+            f"model.lora.targets: {name} has no linear layer {', '.join(unknown)}; it has {', '.join(there)}. "
+            f"Set model.lora.targets=[{','.join(there)}]"
+        )
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (peft writes int and divides it as a float)
+        target_modules=list(lora.targets),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=revision,
+    )
+    base.name_or_path = name  # what peft writes as the adapter's base
+    model = get_peft_model(base, settings, adapter_name=ADAPTER)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _linear_names(base: PreTrainedModel) -> list[str]:
+    head = base.get_output_embeddings()
+    linears = (name for name, part in base.named_modules() if isinstance(part, torch.nn.Linear) and part is not head)
+    return sorted({name.rsplit(".", 1)[-1] for name in linears})
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors in `folder`, as `PeftModel.from_pretrained` reads them."""
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    settings = copy(model.peft_config[ADAPTER])
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+
+
+def load(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The base with the adapter that `save` wrote, trainable. Raises ModelError if the folder does not hold one."""
+    if not (folder / WEIGHTS_FILE).is_file() or not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no adapter: it needs adapter_config.json and {WEIGHTS_FILE}")
+    return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True)

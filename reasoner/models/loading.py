@@ -1,0 +1,155 @@
+"""A tokenizer and a policy from `config.Model`, whatever the source: hub or folder, GGUF, from scratch.
+
+A model whose logprobs we would get wrong is refused here: a head that is no plain matrix, logits changed in a way we
+don't know. Left out: reading the weights (weights.py) and code from a model's repository (never run).
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from reasoner import config
+from reasoner.errors import ModelError
+from reasoner.models import adapters, gguf, scratch, sources, weights
+from reasoner.models.attention import Layout
+from reasoner.models.families import Family, family_of
+from reasoner.models.policy import Policy
+
+PROBE_TOKENS = 8
+PROBE_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats; a scale or cap left out is off by far more
+
+
+def load_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
+    """The tokenizer, with an eos; its pad is model.pad_token, its own, or eos.
+
+    Padding with eos does no harm here: labels are masked by position, and only the `hf` engine pads, with a mask.
+    Raises ModelError if model.eos_token or model.pad_token is not one of its tokens, or there is no eos.
+    """
+    tokenizer = _read_tokenizer(model)
+    for key, name in (("eos_token", model.eos_token), ("pad_token", model.pad_token)):
+        if name is not None and name not in tokenizer.get_vocab():
+            raise ModelError(f"model.{key}={name!r} is not one of the {len(tokenizer)} tokens of {model.name}")
+        if name is not None:
+            setattr(tokenizer, key, name)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {model.name} has no end-of-sequence token: name one with model.eos_token=TOKEN"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _read_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
+    if model.scratch:
+        return scratch.make_tokenizer(model.scratch)
+    if model.gguf:
+        path = gguf.find(model.gguf)
+        return gguf.make_tokenizer(gguf.read_metadata(path), path)
+    source = sources.locate(model)
+    try:
+        return AutoTokenizer.from_pretrained(source.path, **source.options)
+    except weights.UNREADABLE as error:
+        raise sources.unreadable(model, error) from None
+
+
+def load_model(
+    model: config.Model, tokenizer: PreTrainedTokenizerBase, *, seed: int, device: torch.device | str | None = None
+) -> Policy:
+    """The policy, in eval mode, on `device` (none: CUDA where there is one), with a new adapter where model.lora is
+    set.
+
+    `seed` draws a scratch model's weights and the adapter's A; the process's own random state is not touched. Raises
+    ModelError if the model can't be found, read or trained as asked.
+    """
+    sources.check_model(model)
+    place = _place(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        base, family, revision = _load_base(model, tokenizer, place)
+        if model.lora:
+            return Policy(
+                adapters.attach(base, model.lora, name=model.name, revision=revision), family, revision=revision
+            )
+    return Policy(base.requires_grad_(True), family, revision=revision)
+
+
+def load_saved(
+    folder: Path, model: config.Model, tokenizer: PreTrainedTokenizerBase, *, device: torch.device | str | None = None
+) -> Policy:
+    """The policy that `Policy.save` wrote, read back from its files; an adapter goes onto the base that `model` names.
+
+    Raises ModelError if the folder holds no such files.
+    """
+    if model.lora is None:
+        saved = replace(model, name=str(folder), revision=None, gguf=None, scratch=None)
+        return load_model(saved, tokenizer, seed=0, device=device)
+    sources.check_model(model)
+    base, family, revision = _load_base(model, tokenizer, _place(device))
+    return Policy(adapters.load(base, folder), family, revision=revision)
+
+
+def _place(device: torch.device | str | None) -> torch.device:
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device or "cpu")
+
+
+def _load_base(
+    model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[PreTrainedModel, Family, str | None]:
+    """The base, frozen; its family; the hub's commit."""
+    base = weights.read(model, tokenizer, device).requires_grad_(False)
+    family = family_of(base.config)
+    revision = None if model.gguf or model.scratch else sources.locate(model).revision
+    _check_head(base, tokenizer, model.name)
+    # An embedding gives its padding_idx no gradient. Packed rows hold no padding, and where pad = eos the token is one
+    # to learn.
+    cast(torch.nn.Embedding, base.get_input_embeddings()).padding_idx = None
+    if not family.known:
+        _probe(Policy(base, family, revision=revision), weights.dtype_of(model, device))
+    if model.gradient_checkpointing:
+        if not any(isinstance(part, GradientCheckpointingLayer) for part in base.modules()):
+            raise ModelError(f"{model.name} can't recompute its layers: set model.gradient_checkpointing=false")
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return base, family, revision
+
+
+def _check_head(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    head = base.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise ModelError(
+            f"the head of {name} is no plain matrix but {head}: its logprobs can't be computed. Choose another model"
+        )
+    if len(tokenizer) > head.weight.shape[0]:
+        raise ModelError(
+            f"{name} has {head.weight.shape[0]} rows in its head for the {len(tokenizer)} tokens of its tokenizer"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sequence:
+    token_ids: Tensor
+    layout: Layout
+    completion_mask: Tensor
+
+
+def _probe(policy: Policy, dtype: torch.dtype) -> None:
+    """Raises ModelError if our logprobs of a family not in the table are not those of its own forward."""
+    ids = torch.arange(PROBE_TOKENS, device=policy.device) % policy.head_weight.shape[0]
+    positions = torch.arange(PROBE_TOKENS, device=policy.device)
+    with torch.no_grad():
+        ours = policy.logprobs(_Sequence(ids, Layout.of([PROBE_TOKENS], policy.device), positions > 0), temperature=1.0)
+        logits = policy.base(input_ids=ids[None], use_cache=False).logits[0].float()
+    theirs = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+    gap = float((ours.logprobs[1:] - theirs).abs().max())
+    if not gap <= PROBE_GAP[dtype]:
+        raise ModelError(
+            f"our logprobs of this {policy.family.name} model are {gap:.2g} nats from its own: it changes its logits in a "
+            "way we don't know. Use another model, or add a row to reasoner/models/families.py"
+        )

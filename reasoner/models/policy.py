@@ -1,0 +1,211 @@
+"""The model being trained: log-probabilities of packed sequences, the weights that learn, and the frozen reference.
+
+The base stays in eval mode for ever; `train_mode` wakes only what training needs (recomputation, adapter dropout). The
+shift from "hidden state t predicts token t + 1" to "index t speaks of token t" happens in `Policy.logprobs` and nowhere
+else. Left out: sampling (rollout/), optimizing (update.py) and an engine's copy of the adapter.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from reasoner.errors import ModelError
+from reasoner.kernels.linear_logprobs import Logprobs, linear_logprobs
+from reasoner.models import adapters
+from reasoner.models.attention import Layout
+from reasoner.models.families import Family
+
+REFERENCE = "reference."
+
+
+class Packed(Protocol):
+    """What logprobs are asked of: N tokens of whole sequences side by side."""
+
+    @property
+    def token_ids(self) -> Tensor: ...  # int64 [N]
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def completion_mask(
+        self,
+    ) -> Tensor: ...  # bool [N], True: its logprob is wanted; False at every sequence's first token
+
+
+class Policy:
+    """A causal language model that learns, whole or through its adapter. Made by `loading.load_model`, in eval mode."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, family: Family, *, revision: str | None):
+        self.model = model
+        self.family = family
+        self.revision = revision  # the hub's commit, None for local files
+        self._reference: dict[str, Tensor] | None = None
+        self.eval()
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, adapter layers included where there are any."""
+        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should be told of this model, one line each."""
+        if self.family.packs:
+            return ()
+        why = "is not in the table of families" if not self.family.known else "carries a state across a packed row"
+        return (f"{self.family.name} {why}: its sequences run one a pass, which is slower",)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is, and where batches must be."""
+        return self.head_weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; V may exceed the tokenizer's size, and the softmax goes over all of it."""
+        return cast(torch.nn.Linear, self.base.get_output_embeddings()).weight
+
+    def logprobs(self, batch: Packed, *, temperature: float) -> Logprobs:
+        """log p(token t | its sequence before t) and the entropy of that distribution: [N], 0.0 where the mask is False.
+
+        Of softmax(logits / temperature) over the head's whole vocabulary; float32 (float64 from a float64 model). Only
+        the hidden rows before a masked token meet the head, so prompts cost no vocabulary matmul. Differentiable unless
+        torch.no_grad is on.
+        """
+        targets = batch.completion_mask.nonzero()[:, 0]
+        assert bool((batch.layout.positions[targets] > 0).all()), (
+            "a sequence's first token has nothing before it to predict it"
+        )
+        hidden = self._hidden(batch.token_ids, batch.layout)
+        found = linear_logprobs(
+            hidden.index_select(0, targets - 1),
+            self.head_weight,
+            batch.token_ids[targets],
+            temperature=temperature,
+            soft_cap=self.family.soft_cap,
+            logit_scale=self.family.logit_scale,
+        )
+        zeros = found.logprobs.new_zeros(batch.token_ids.shape)
+        return Logprobs(zeros.index_copy(0, targets, found.logprobs), zeros.index_copy(0, targets, found.entropy))
+
+    def _hidden(self, token_ids: Tensor, layout: Layout) -> Tensor:
+        """The last hidden states [N, D], each of its own sequence alone."""
+        backbone = getattr(self.base, self.base.base_model_prefix)
+        if not self.family.packs:
+            rows = [
+                backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+                for ids in token_ids.split(layout.lengths)
+            ]
+            return torch.cat(rows)
+        return backbone(
+            input_ids=token_ids[None],
+            position_ids=layout.positions[None],
+            use_cache=False,
+            cu_seq_lens_q=layout.cu_seqlens,
+            cu_seq_lens_k=layout.cu_seqlens,
+            max_length_q=layout.max_seqlen,
+            max_length_k=layout.max_seqlen,
+        ).last_hidden_state[0]
+
+    def train_mode(self, *, dropout: bool) -> None:
+        """Ready for a backward: layers recompute if loaded so, and the adapter drops inputs if `dropout` (SFT only)."""
+        self.model.eval()
+        for name, part in self.model.named_modules():
+            drops = dropout and isinstance(part, torch.nn.Dropout) and ".lora_dropout." in name
+            recomputes = isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing
+            if drops or recomputes:
+                part.training = True  # not .train(): that would wake the base's own dropout below it
+
+    def eval(self) -> None:
+        """Ready for logprobs and sampling: nothing is dropped, and the same batch gives the same bits."""
+        self.model.eval()
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The weights that learn, by name; a tied one once."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def freeze_reference(self) -> None:
+        """Keep a float32 copy of the weights that learn, as they are now; an earlier one is replaced."""
+        self._reference = {
+            name: weight.detach().to(_at_least_float32(weight), copy=True) for name, weight in self.trainable().items()
+        }
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is what it was at freeze_reference, without gradients. The weights come back whatever
+        happens inside."""
+        assert self._reference is not None, "freeze_reference comes first"
+        weights, frozen = self.trainable(), self._reference
+        current = {name: weight.data for name, weight in weights.items()}
+        try:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.data = frozen[name]
+                yield
+        finally:
+            for name, weight in weights.items():
+                weight.data = current[name]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs of this object: weights that learn, and `reference.NAME` once frozen. No
+        copies."""
+        frozen = {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
+        return {name: weight.detach() for name, weight in self.trainable().items()} | frozen
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave. Raises ModelError, with nothing changed, if a name or shape differs."""
+        weights = self.trainable()
+        frozen = {name.removeprefix(REFERENCE): tensor for name, tensor in state.items() if name.startswith(REFERENCE)}
+        own = {name: tensor for name, tensor in state.items() if not name.startswith(REFERENCE)}
+        for saved in (own, frozen) if frozen else (own,):
+            _check_names_and_shapes(saved, weights)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(own[name])
+        self._reference = {
+            name: tensor.to(weights[name].device, _at_least_float32(weights[name]), copy=True)
+            for name, tensor in frozen.items()
+        } or None
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...] = ()) -> None:
+        """The adapter in PEFT's layout or the model as a transformers folder, with tokenizer, template and
+        generation_config.
+
+        Safetensors and JSON only. `stop_ids` become generation_config's eos_token_id, so that others stop where we do.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            adapters.save(self.model, folder)
+        else:
+            self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # Ids alone: the checkpoint's sampling defaults (a repetition penalty, a top-k) are not what we trained or
+        # scored.
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=list(stop_ids) or tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ).save_pretrained(folder)
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _check_names_and_shapes(saved: Mapping[str, Tensor], weights: Mapping[str, Parameter]) -> None:
+    odd = sorted(saved.keys() ^ weights.keys())
+    odd += [name for name in saved.keys() & weights.keys() if saved[name].shape != weights[name].shape]
+    if odd:
+        raise ModelError(
+            f"the saved weights are not of this model: {len(odd)} differ in name or shape, first {odd[0]}. "
+            "Give the model.* settings of the run that saved them"
+        )

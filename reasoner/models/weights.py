@@ -1,0 +1,116 @@
+"""Weights as transformers reads them, from a hub or folder, a GGUF file or a random generator, in the dtype that was
+asked for.
+
+transformers 5 loads in the checkpoint's own dtype unless told, and makes up weights that a checkpoint lacks with no
+more than a log line: both are settled here. Left out: quantized bases.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from reasoner import config
+from reasoner.errors import ModelError
+from reasoner.models import gguf, scratch, sources
+from reasoner.models.attention import PACKED
+from reasoner.models.families import family_of
+
+# The names of a composite (vision) checkpoint's text part, in both spellings there are -> those of the text model
+# alone.
+TEXT_PART = {
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(model\.language_model|language_model\.model)\.": "model.",
+}
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+)  # what transformers raises on files it can't use
+
+
+def dtype_of(model: config.Model, device: torch.device) -> torch.dtype:
+    """float32 for weights that learn, which in bfloat16 would swallow their steps; a frozen base on CUDA is bfloat16
+    unless told."""
+    half = model.dtype == "bfloat16" or (model.dtype == "auto" and device.type == "cuda" and model.lora is not None)
+    return torch.bfloat16 if half else torch.float32
+
+
+def read(model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    """The model on `device`, its attention ours where its family packs. Raises ModelError if a weight is missing or
+    unreadable."""
+    dtype = dtype_of(model, device)
+    if model.scratch:
+        base = _from_config(scratch.make_config(model.scratch, model.max_context), dtype)
+    elif model.gguf:
+        base = _from_gguf(gguf.find(model.gguf), tokenizer, dtype)
+    else:
+        base = _from_pretrained(model, dtype, device)
+    return cast(PreTrainedModel, base.to(device))  # pyright: ignore[reportArgumentType]
+
+
+def _attention(hf_config: PretrainedConfig) -> dict[str, Any]:
+    return {"attn_implementation": PACKED} if family_of(hf_config).packs else {}
+
+
+def _from_config(hf_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, **_attention(hf_config))
+
+
+def _from_pretrained(model: config.Model, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    source, hf_config = sources.locate(model), sources.read_config(model)
+    options = dict(source.options, config=hf_config, dtype=dtype, use_safetensors=True, key_mapping=TEXT_PART)
+    if device.type == "cuda":
+        options["device_map"] = {"": device}  # straight to the card: main memory need not hold the model
+    try:
+        return _whole(source.path, model.name, options | _attention(hf_config))
+    except UNREADABLE as error:
+        raise sources.unreadable(model, error) from None
+
+
+def _from_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    """The dequantized weights in a model of its own: one that transformers loaded from GGUF refuses to be saved."""
+    options = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    try:
+        loaded = _whole(str(path.parent), str(path), options)
+    except UNREADABLE as error:
+        raise ModelError(f"{path} can't be read: {str(error).strip().splitlines()[0]}") from None
+    settings = loaded.config.to_dict()
+    for of_the_file in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(of_the_file, None)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    base = _from_config(type(loaded.config).from_dict(settings | special), dtype)
+    base.load_state_dict(loaded.state_dict())
+    return base
+
+
+def _whole(path: str, name: str, options: dict[str, Any]) -> PreTrainedModel:
+    with _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    base, report = loaded
+    lost = sorted(str(key) for part in ("missing_keys", "mismatched_keys") for key in report[part])
+    if lost:
+        raise ModelError(
+            f"the files of {name} lack {len(lost)} of its weights, first {lost[0]}: fetch or save the model again"
+        )
+    return base
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' log lines and progress bars off: what matters of them is raised."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
