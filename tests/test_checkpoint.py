@@ -95,7 +95,10 @@ def test_keep_counts_the_new_one_and_removes_the_oldest(tmp_path: Path) -> None:
 
 
 def test_order_is_by_stage_then_step_not_by_name(tmp_path: Path) -> None:
-    save(tmp_path, at(2_000_000), keep=9)
+    for step in (999_999, 1_000_000):
+        save(tmp_path, at(step), keep=9)
+    assert names(tmp_path) == ["03-grpo-1000000", "03-grpo-999999"]
+    assert checkpoint.newest(tmp_path).name == "03-grpo-1000000"
     save(tmp_path, at(10, stage_index=11), keep=9)
     assert checkpoint.newest(tmp_path).name == "11-grpo-000010"
 
@@ -231,37 +234,41 @@ from reasoner.checkpoint import Progress
 
 run, moments, acknowledged, inside = Path(sys.argv[1]), random.Random(0), 0, 0
 
+def save_twice(step):  # as when a stage ends at a step that was saved anyway
+    for again in (0, 1):
+        tensors = {str(i): torch.full((20_000,), float(step)) for i in range(5)}
+        checkpoint.save(run, Progress(1, "sft", step, step, step), tensors, {"step": step, "again": again}, keep=1)
+
 def save_for_ever(step, pipe):
     while True:
         step += 1
-        for again in (0, 1):  # each step twice, as when its stage ends there
-            tensors = {str(i): torch.full((20_000,), float(step)) for i in range(5)}
-            checkpoint.save(run, Progress(1, "sft", step, step, step), tensors, {"step": step, "again": again}, keep=1)
+        save_twice(step)
         os.write(pipe, step.to_bytes(8, "big"))
 
-for _ in range(30):
+save_twice(1)
+start = time.monotonic()
+save_twice(2)
+usual_s = time.monotonic() - start
+acknowledged = 2
+for _ in range(20):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         save_for_ever(acknowledged, writer)
     os.close(writer)
-    time.sleep(moments.uniform(0.0, 0.1))
+    time.sleep(moments.uniform(0.0, 2 * usual_s))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     while said := os.read(reader, 8):
         acknowledged = int.from_bytes(said, "big")
     os.close(reader)
     inside += any(path.name.startswith(".") for path in (run / "checkpoints").glob("*"))
-    found = checkpoint.newest_whole(run)
-    if found is None:
-        assert acknowledged == 0
-        continue
-    progress, tensors, state = checkpoint.load(found)
+    progress, tensors, state = checkpoint.load(checkpoint.newest(run))
     assert acknowledged <= progress.step <= acknowledged + 1, (acknowledged, progress)
     assert state["step"] == progress.step and len(tensors) == 5
     assert all(bool((tensor == progress.step).all()) for tensor in tensors.values())
     acknowledged = progress.step
-print(acknowledged, inside)
+print(inside)
 """
 
 
@@ -270,9 +277,7 @@ def test_g2_kill_9_at_random_moments_of_a_saving_loop(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    saved, inside = map(int, done.stdout.split())
-    assert saved > 10, "it got on"
-    assert inside > 3, "some kills fell inside a save"
+    assert int(done.stdout) > 0, "some kills fell inside a save"
 
 
 class Poison:

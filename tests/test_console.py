@@ -140,6 +140,7 @@ def test_a_hint_is_given_once_in_so_many_steps_and_anew_in_each_stage(monkeypatc
         speaker.progress({**GRPO, "step": step, "cut_share": 0.5}, 1000)
     assert out.getvalue().count("hint at grpo step") == 2
     assert f"hint at grpo step {console.HINT_EVERY + 1}: 50% of the completions were cut" in out.getvalue()
+    speaker.progress({**GRPO, "step": 101, "grad_norm": math.nan}, 1000)
     speaker.progress({**SFT, "step": 1, "grad_norm": math.nan}, 1000)
     assert (
         "hint at sft step 1: the gradient is not finite, so the step moved no weight: lower sft.optim.lr"

@@ -112,6 +112,13 @@ def test_g6_data_order_and_model_are_fixed_whatever_is_allowed(change: dict[str,
         check_resume(OLD, changed(**change), [key, f"{key}.r", f"{key}.path", f"{key}.limit"], AT)
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_g6_a_key_inside_a_stage_s_own_data_is_fixed(stage: str) -> None:
+    old, new = changed(**{f"{stage}__data": {"limit": 5}}), changed(**{f"{stage}__data": {"limit": 6}})
+    with pytest.raises(ConfigError, match=rf"{stage}\.data\.limit was 5, now 6: it would change the data's order"):
+        check_resume(old, new, [f"{stage}.data.limit"], AT)
+
+
 def test_g6_fewer_steps_than_done() -> None:
     assert check_resume(OLD, changed(grpo__steps=100), [], AT) == ["grpo.steps was 250, now 100"]
     with pytest.raises(ConfigError, match=r"grpo\.steps=99, but 100 steps are done: give at least grpo\.steps=100"):

@@ -184,7 +184,7 @@ def test_g4_g8_the_real_client_without_network_or_login(tmp_path: Path, mode: st
     run = tmp_path / "out"
     run.mkdir()
     env = clean_env(tmp_path) | ({"WANDB_MODE": mode} if mode else {})
-    command = [sys.executable, "-c", REAL, str(run)]
+    command = [sys.executable, "-c", REAL, str(run), "key=sk-12345678"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=True)
     assert done.stderr == ""
     assert done.stdout.count("\n") == (0 if mode else 1)
