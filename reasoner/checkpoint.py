@@ -5,8 +5,8 @@ made under another name, each file and folder forced to the disk, the done-file 
 ones removed. Killed at any moment, the newest whole one is found again. Nothing here is ever unpickled, so a checkpoint
 from a stranger is data, not code.
 
-Left out: what is in the state. The stages name their own tensors; optimizer_state.py turns optimizers and generators
-into tensors and JSON.
+Left out: what is in the state. The stages name their own tensors; optimizer_state.py turns optimizers into
+tensors and JSON.
 """
 
 import hashlib

@@ -1,21 +1,19 @@
-"""Optimizers and random generators as tensors and JSON, and back exactly: what a checkpoint holds of them.
+"""Optimizers as tensors and JSON, and back exactly: what a checkpoint holds of them.
 
 Any torch optimizer's `state_dict` is a tree of tensors, numbers and names, 8-bit ones included; each tensor gets a
-name, the rest is JSON with tuples and integer keys marked. No pickle. Left out: NumPy's global generator, which nothing
-here draws from.
+name, the rest is JSON with tuples and integer keys marked. No pickle. Left out: random generators. Every step seeds them
+from where the run stands, so that they have no state worth keeping.
 """
 
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from reasoner.errors import ConfigError, RunFolderError
 
-OPTIMIZER, RNG = "optimizer", "rng"  # first parts of the tensors' names
+OPTIMIZER = "optimizer"  # first part of the tensors' names
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], Any]:
@@ -43,26 +41,6 @@ def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], json_sta
             f"the checkpoint's optimizer state is of other parameters ({error}): start a new run"
         ) from error
     _undo_casts(optimizer, state)
-
-
-def rng_state() -> tuple[dict[str, Tensor], Any]:
-    """(tensors by name, JSON): where Python's and torch's default generators stand, on the CPU and every GPU."""
-    tensors = {f"{RNG}.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"{RNG}.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    version, numbers, gauss = random.getstate()
-    return tensors, {"python": [version, list(numbers), gauss]}
-
-
-def set_rng_state(tensors: Mapping[str, Tensor], json_state: Any) -> None:
-    """Put the generators where `rng_state` found them; a GPU that was not there then keeps its own state."""
-    torch.set_rng_state(tensors[f"{RNG}.torch"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"{RNG}.cuda.{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"{RNG}.cuda.{index}"], index)
-    version, numbers, gauss = json_state["python"]
-    random.setstate((version, tuple(numbers), gauss))
 
 
 def _name(optimizer: Optimizer) -> str:

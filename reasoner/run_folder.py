@@ -112,18 +112,19 @@ class RunFolder:
         """Remove every row later than a checkpoint of (stage_index, step), and a last line that a kill cut in half.
 
         A row without a step belongs to a stage that is done in one go: it is later than step 0 of its stage. Raises
-        RunFolderError, naming file:line, for a damaged line that is not the last one.
+        RunFolderError, naming file:line, for a damaged line that is not the last one. Every rank calls it, and may read
+        the files afterwards.
         """
-        if not self._is_main:
-            return
-        for path in (self.path / name for name in ROW_FILES):
-            if path.exists():
-                with self._disk(f"shorten {path}"):
-                    os.truncate(path, _length_up_to(path, (stage_index, step)))
-        rows = self.eval_rows()
-        kept = [row for row in rows if _position(row) <= (stage_index, step)]
-        if kept != rows:
-            self.write_eval(kept)
+        if self._is_main:
+            for path in (self.path / name for name in ROW_FILES):
+                if path.exists():
+                    with self._disk(f"shorten {path}"):
+                        os.truncate(path, _length_up_to(path, (stage_index, step)))
+            rows = self.eval_rows()
+            kept = [row for row in rows if _position(row) <= (stage_index, step)]
+            if kept != rows:
+                self.write_eval(kept)
+        world.barrier()
 
     def _json(self, value: Any, indent: int | None = None) -> str:
         return json.dumps(self._redactor.tree(_plain(value)), ensure_ascii=False, allow_nan=False, indent=indent)
