@@ -1,0 +1,254 @@
+"""The loss head: hidden states -> log-probability of each target and entropy of each row. No logits leave it.
+
+Here are the operation, the choice of an implementation, and the torch one, the truth that every faster one is held
+against. Left out: a target that means "skip this row" (callers select the rows they train, so prompts cost no matmul),
+a bias (no family we load has one), second derivatives, and a form for inputs that need no gradient (its forward would
+be the same).
+
+How the torch one works. The [N, V] logits are made a tile of rows and columns at a time, in float32 (float64 if an
+input is), used, and made again in the backward pass: 3 matmuls of 2NVD instead of 2, for a memory of three tiles. A
+tile leaves three numbers a row: its maximum m, and the sums of e^(x-m) and of (x-m) e^(x-m) over its columns other than
+the target; the tiles of a row are merged at the end. The target stays out of the sums because a trained model lives
+near p = 1: log p = log sigmoid(x_target - logsumexp of the others) and 1 - p = -expm1(log p) keep their relative
+precision there, while x_target - logsumexp of all and 1 - exp(log p) cancel to nothing.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# 2 M logits a tile, 8 MiB in float32: large enough for full matmul speed on CPU and GPU, small beside [N, V].
+TILE_COLUMNS = 4096
+TILE_ELEMENTS = 512 * TILE_COLUMNS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Logprobs:
+    """Per-token numbers of N rows, float32 (float64 from float64 inputs), in nats.
+
+    >>> Logprobs(logprobs=tensor([-0.2, -1.4]), entropy=tensor([0.5, 1.1]))
+    """
+
+    logprobs: Tensor  # [N] log p(target)
+    entropy: Tensor  # [N] -sum_j p_j log p_j
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Logprobs:
+    """Log-probability of each target and entropy of each row, as Logprobs of two vectors [N].
+
+    From hidden [N, D], head_weight [V, D] and target_ids [N] int64. It equals, to the rounding of float32 and without
+    ever holding [N, V]:
+
+        logits   = logit_scale * hidden @ head_weight.T
+        logits   = soft_cap * tanh(logits / soft_cap)       if soft_cap is given (Gemma 2, arXiv:2408.00118 section 2)
+        logp     = log_softmax(logits / temperature, dim=1)
+        logprobs = logp[i, target_ids[i]]
+        entropy  = -(exp(logp) * logp).sum(dim=1)
+
+    Differentiable in hidden and, if it requires grad, head_weight, for gradients arriving at logprobs and at entropy.
+    Inputs may be bfloat16, float16, float32 or float64 and strided in any way; gradients come back in the input's
+    dtype, summed in float32 or better. The same inputs give the same bits. Raises ValueError, before any work, on a
+    wrong shape, dtype or device, a target outside [0, V), a temperature or soft_cap that is not above 0.
+    """
+    _check(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
+    # The one place where an implementation is chosen.
+    return linear_logprobs_torch(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
+
+
+def linear_logprobs_torch(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    temperature: float,
+    soft_cap: float | None,
+    logit_scale: float,
+) -> Logprobs:
+    """`linear_logprobs` for inputs that are already checked, in plain torch, on any device."""
+    shape = _LogitShape(temperature, soft_cap, logit_scale)
+    logprobs, entropy = _LinearLogprobs.apply(hidden, head_weight, target_ids, shape)
+    return Logprobs(logprobs, entropy)
+
+
+@dataclass(frozen=True, slots=True)
+class _LogitShape:
+    """What happens to a dot product before the softmax, and its derivative."""
+
+    temperature: float
+    soft_cap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if self.soft_cap is None:
+            return (hidden * (self.logit_scale / self.temperature)) @ weight.T
+        capped = ((hidden * (self.logit_scale / self.soft_cap)) @ weight.T).tanh_()
+        return capped.mul_(self.soft_cap / self.temperature)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of the cap at these logits, None where it is 1; the constant factor is `gain`."""
+        if self.soft_cap is None:
+            return None
+        return (logits * (self.temperature / self.soft_cap)).square_().neg_().add_(1)  # tanh' = 1 - tanh^2
+
+    @property
+    def gain(self) -> float:
+        return self.logit_scale / self.temperature
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: _LogitShape
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logprobs, entropy, log_total = _forward(hidden, weight, target_ids, shape)
+        ctx.save_for_backward(hidden, weight, target_ids, logprobs, entropy, log_total)
+        ctx.shape = shape
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable  # whose type hides the name of ctx
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return *_backward(ctx, *grads), None, None
+
+
+def _forward(hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: _LogitShape) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and the log of the softmax's denominator, each [N]."""
+    num_rows = hidden.shape[0]
+    columns = _slices(weight.shape[0], TILE_COLUMNS)
+    target_logits = hidden.new_empty(num_rows, dtype=_precision(hidden, weight))
+    maxima, sums, moments = target_logits.new_empty(3, len(columns), num_rows)
+    for k, cols in enumerate(columns):
+        tile_weight = weight[cols].to(target_logits.dtype)
+        for rows in _row_slices(hidden, cols):
+            x = shape.logits(hidden[rows].to(target_logits.dtype), tile_weight)
+            at_target = _targets_in(target_ids[rows], cols)
+            target_logits[rows][at_target[0]] = x[at_target]
+            torch.amax(x, 1, out=maxima[k, rows])
+            x -= maxima[k, rows, None]
+            e = x.exp()
+            e[at_target] = 0
+            torch.sum(e, 1, out=sums[k, rows])
+            torch.sum(x.mul_(e), 1, out=moments[k, rows])
+    return _merge(maxima, sums, moments, target_logits)
+
+
+def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tiles' statistics [K, N], which leave the target out -> logprobs, entropy and log denominator [N]."""
+    maximum = maxima.amax(0)
+    shift = maxima - maximum
+    decay = shift.exp()
+    others = (sums * decay).sum(0)
+    moment = ((moments + shift * sums) * decay).sum(0)
+    target = target_logits - maximum
+    logprobs = torch.nn.functional.logsigmoid(target - others.log())
+    log_total = torch.log1p(others + target.expm1())  # e^target - 1 first: exact where the target is the maximum
+    share = target.exp()
+    entropy = log_total - (moment + target * share) / (others + share)
+    return logprobs, entropy, maximum + log_total
+
+
+def _backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """With L = log p: d logp_t / d x_j = [j = t] - p_j, and d entropy / d x_j = -p_j (L_j + entropy)."""
+    hidden, weight, target_ids, logprobs, entropy, log_total = ctx.saved_tensors
+    shape: _LogitShape = ctx.shape
+    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    d_logprobs = torch.zeros_like(logprobs) if d_logprobs is None else d_logprobs
+    at_target_grads = -d_logprobs * logprobs.expm1()
+    if d_entropy is not None:
+        at_target_grads -= d_entropy * logprobs.exp() * (logprobs + entropy)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=logprobs.dtype) if wants_hidden else None
+    d_weight = weight.new_zeros(weight.shape) if wants_weight else None
+    for cols in _slices(weight.shape[0], TILE_COLUMNS):
+        tile_weight = weight[cols].to(logprobs.dtype)
+        d_tile_weight = tile_weight.new_zeros(tile_weight.shape) if wants_weight else None
+        for rows in _row_slices(hidden, cols):
+            tile_hidden = hidden[rows].to(logprobs.dtype)
+            x = shape.logits(tile_hidden, tile_weight)
+            slope = shape.slope(x)
+            x -= log_total[rows, None]
+            grad = x.exp()
+            if d_entropy is None:
+                grad *= -d_logprobs[rows, None]
+            else:
+                x += entropy[rows, None]
+                grad *= x.mul_(-d_entropy[rows, None]).sub_(d_logprobs[rows, None])
+            at_target = _targets_in(target_ids[rows], cols)
+            grad[at_target] = at_target_grads[rows][at_target[0]]
+            if slope is not None:
+                grad *= slope
+            if d_hidden is not None:
+                d_hidden[rows].addmm_(grad, tile_weight, alpha=shape.gain)
+            if d_tile_weight is not None:
+                d_tile_weight.addmm_(grad.T, tile_hidden, alpha=shape.gain)
+        if d_weight is not None and d_tile_weight is not None:
+            d_weight[cols] = d_tile_weight
+    return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight
+
+
+def _precision(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _row_slices(hidden: Tensor, cols: slice) -> list[slice]:
+    """Rows of a tile: few columns take many rows, so that a small vocabulary is one tile."""
+    return _slices(hidden.shape[0], max(TILE_ELEMENTS // (cols.stop - cols.start), 1))
+
+
+def _targets_in(target_ids: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+    """Where a tile's targets are: (rows of the tile, columns of the tile)."""
+    rows = ((target_ids >= cols.start) & (target_ids < cols.stop)).nonzero().squeeze(1)
+    return rows, target_ids[rows] - cols.start
+
+
+def _check(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    temperature: float,
+    soft_cap: float | None,
+    logit_scale: float,
+) -> None:
+    """ValueError with the first thing that is wrong."""
+    inputs = {"hidden": hidden, "head_weight": head_weight, "target_ids": target_ids}
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+    if hidden.ndim != 2 or head_weight.ndim != 2 or target_ids.ndim != 1:
+        raise ValueError(f"linear_logprobs expects hidden [N, D], head_weight [V, D], target_ids [N], not {shapes}")
+    (num_rows, width), (vocabulary, head_width) = hidden.shape, head_weight.shape
+    if num_rows != len(target_ids) or width != head_width or vocabulary == 0:
+        raise ValueError(f"linear_logprobs: N and D must agree and V be at least 1, not {shapes}")
+    if not (hidden.is_floating_point() and head_weight.is_floating_point() and target_ids.dtype == torch.int64):
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in inputs.items())
+        raise ValueError(f"linear_logprobs expects floating hidden and head_weight and int64 target_ids, not {dtypes}")
+    if len({tensor.device for tensor in inputs.values()}) > 1:
+        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in inputs.items())
+        raise ValueError(f"linear_logprobs: the inputs lie on different devices: {devices}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"linear_logprobs: temperature={temperature} must be above 0")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"linear_logprobs: soft_cap={soft_cap} must be above 0")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"linear_logprobs: logit_scale={logit_scale} must be finite")
+    low, high = (int(bound) for bound in target_ids.aminmax()) if num_rows else (0, 0)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"linear_logprobs: target_ids must lie in 0..{vocabulary - 1}, not {low}..{high}: "
+            "select the rows to train before the call"
+        )
