@@ -1,8 +1,8 @@
 """Optimizers as tensors and JSON, and back exactly: what a checkpoint holds of them.
 
 Any torch optimizer's `state_dict` is a tree of tensors, numbers and names, 8-bit ones included; each tensor gets a
-name, the rest is JSON with tuples and integer keys marked. No pickle. Left out: random generators. Every step seeds them
-from where the run stands, so that they have no state worth keeping.
+name, the rest is JSON with tuples and integer keys marked. No pickle. Left out: random generators. Every step seeds
+them from where the run stands, so that they have no state worth keeping.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ OPTIMIZER = "optimizer"  # first part of the tensors' names
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], Any]:
-    """(tensors by name, JSON): the optimizer's state. Raises ConfigError if it holds neither tensors nor plain data."""
+    """(tensors by name, JSON): the optimizer's state. Raises ConfigError if it holds anything else."""
     tensors: dict[str, Tensor] = {}
     tree = _flatten(optimizer.state_dict(), OPTIMIZER, tensors, _name(optimizer))
     return tensors, {"class": _name(optimizer), "state": tree}

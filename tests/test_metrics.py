@@ -1,16 +1,13 @@
 """The numbers of a step (C21: never a mean of means)."""
 
 import math
-import os
 import resource
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from reasoner.metrics import NAMES, Stopwatch, Sums, peak_gib, step_row
+from tests.two_ranks import on_two_ranks
 
 LENGTHS = [3.0, 1.0, 8.0, 0.5, 10.0]
 
@@ -56,17 +53,8 @@ world.stop()
 
 
 def test_c21_means_over_two_ranks_weigh_every_completion_alike() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in "01":
-        env = {**os.environ, "WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-c", TWO_RANKS]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=120) for rank in ranks]
     expected = "[('cut', 2.0), ('length', 4.5), ('only_here', 2.0), ('ratio_max', 1.5)]\n"
-    assert [out for out, _ in said] == [expected, expected], said
+    assert on_two_ranks(TWO_RANKS) == [expected, expected]
 
 
 def test_row_has_the_documented_names_in_order_then_the_others() -> None:

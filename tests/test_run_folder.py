@@ -14,6 +14,7 @@ import pytest
 
 from reasoner.errors import RunFolderError
 from reasoner.run_folder import RunFolder, read_rows
+from tests.two_ranks import on_two_ranks
 
 
 def row(stage_index: int, step: int, **more: object) -> dict:
@@ -215,3 +216,32 @@ def test_written_after_close_is_our_bug(tmp_path: Path) -> None:
     run.close()
     with pytest.raises(AssertionError, match="closed run folder"):
         run.append_metrics(row(1, 1))
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from reasoner import world
+from reasoner.console import Console
+from reasoner.run_folder import METRICS, RunFolder, read_rows
+from reasoner.tracking import make_trackers
+
+world.start()
+out = Path(sys.argv[1])
+with RunFolder.open(out, resume=out) as run, Console() as console:
+    run.cut_back(1, 1)
+    kept = len(list(read_rows(out / METRICS)))
+    world.barrier()
+    run.append_metrics({"stage_index": 1, "step": 2, "rank": world.rank()})
+    run.write_eval([{"row": "sft", "stage_index": 2, "rank": world.rank()}])
+    console.say("I speak")
+    print(kept, len(make_trackers(["wandb"], out, config={}, say=print)) if world.rank() else "-")
+world.stop()
+"""
+
+
+def test_only_the_main_rank_writes_locks_and_speaks(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"stage_index": 1, "step": 1}\n{"stage_index": 1, "step": 2}\n')
+    assert on_two_ranks(TWO_RANKS, str(tmp_path)) == ["I speak\n1 -\n", "1 0\n"]
+    assert [found.get("rank") for found in read_rows(tmp_path / "metrics.jsonl")] == [None, 0]
+    assert json.loads((tmp_path / "eval.json").read_text())[0]["rank"] == 0

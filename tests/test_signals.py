@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from reasoner import signals
+from tests.two_ranks import on_two_ranks
 
 LOOP = """
 import sys, time
@@ -78,3 +79,20 @@ def test_g3_in_another_thread_it_leaves_the_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGINT)]
+
+
+TWO_RANKS = """
+import os, signal
+from reasoner import signals, world
+
+world.start()
+with signals.handled():
+    if world.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    print(signals.requested(), signals.agreed())
+world.stop()
+"""
+
+
+def test_g3_one_rank_s_signal_stops_all_at_the_same_step() -> None:
+    assert on_two_ranks(TWO_RANKS) == ["None 15\n", "15 15\n"]
