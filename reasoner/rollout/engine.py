@@ -1,0 +1,107 @@
+"""What samples: the protocol that every rollout engine keeps, and the choice of one.
+
+An engine takes prompts as token ids and gives completions as token ids, with the logprob of every sampled token under
+the distribution it was really drawn from. The sampling law of training: softmax(logits / temperature) over the whole
+vocabulary, as the trainer computes it. There is no field for top-p, top-k, min-p or penalties: what they hide stays
+unseen, whatever is corrected afterwards. Left out: tools and several turns (a rollout function around `generate`, see
+single_turn.py) and streaming.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from reasoner import config
+from reasoner.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reasoner.models.policy import Policy
+
+Decode = Callable[[Sequence[int]], str]  # ids -> text with special tokens kept
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample, whole: nothing is taken from a checkpoint's generation_config.json.
+
+    >>> Sampling(temperature=1.0, max_tokens=512, num_completions=8, stop_ids=(151645, 151643), seed=0)
+    """
+
+    temperature: float  # 0: greedy
+    max_tokens: int  # of a completion, the stop id included
+    num_completions: int  # of each prompt
+    stop_ids: tuple[int, ...]  # each ends a completion and belongs to it
+    seed: int
+
+    def __post_init__(self) -> None:
+        assert self.temperature >= 0 and self.max_tokens > 0 and self.num_completions > 0, self
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine is and can do."""
+
+    name: str
+    own_weights: bool  # False: it samples from the policy's own tensors, so load_adapter copies nothing
+    images: bool  # whether Prompt.images are read
+
+
+class Engine(Protocol):
+    """Samples completions of prompts. Nothing but its weights is carried from one call to the next."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine is and can do."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
+        """`num_completions` completions of each prompt, in the prompts' order.
+
+        `policy_step` names the weights sampled from, and varies the draws. The same prompts, sampling, weights and step
+        give the same completions; the process's own random state is left alone. At temperature 0 the likeliest token
+        is taken, with its logprob at temperature 1. Head rows beyond the tokenizer's last id are not banned, because
+        the trainer's softmax counts them too. Raises ModelError, before any sampling, if a prompt and max_tokens
+        together exceed the context.
+        """
+        ...
+
+    def load_adapter(self, state: "Mapping[str, Tensor]", policy_step: int) -> None:
+        """Sample from these trainable weights from now on (names and tensors of `Policy.trainable`)."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the memory that the trainer needs; only `wake` may follow."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to sample again."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; the engine is not used again."""
+        ...
+
+
+@contextmanager
+def asleep(engine: Engine) -> Iterator[None]:
+    """The engine's memory is the trainer's inside this block; afterwards it is awake, also if the block raised."""
+    engine.sleep()
+    try:
+        yield
+    finally:
+        engine.wake()
+
+
+def make_engine(rollout: config.Rollout, policy: "Policy", decode: Decode, *, max_context: int) -> tuple[Engine, str]:
+    """The engine that `rollout.engine` asks for, and a sentence that says which it is.
+
+    `max_context`: tokens of prompt and completion together.
+    """
+    from reasoner.rollout.hf import HfEngine
+
+    engine = HfEngine(policy, decode, max_context=max_context, max_sequences=rollout.max_sequences)
+    chosen = "auto chose hf, the engine that is always there" if rollout.engine == "auto" else "hf"
+    return engine, f"rollout.engine: {chosen}; it samples from the policy's own weights"
