@@ -4,11 +4,14 @@ arXiv:2106.09685. Its matrices are float32 whatever the base is: bfloat16 would 
 0.02). Left out: DoRA, biases, modules_to_save and adapters on the head or the embeddings, which would untie them.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -43,7 +46,8 @@ def attach(base: PreTrainedModel, lora: config.Lora, *, name: str, revision: str
         revision=revision,
     )
     base.name_or_path = name  # what peft writes as the adapter's base
-    model = get_peft_model(base, settings, adapter_name=ADAPTER)
+    with _old_names_allowed():
+        model = get_peft_model(base, settings, adapter_name=ADAPTER)
     assert isinstance(model, PeftModel)
     return model
 
@@ -67,4 +71,14 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     """The base with the adapter that `save` wrote, trainable. Raises ModelError if the folder does not hold one."""
     if not (folder / WEIGHTS_FILE).is_file() or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds no adapter: it needs adapter_config.json and {WEIGHTS_FILE}")
-    return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True)
+    base.name_or_path = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+    with _old_names_allowed():
+        return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True)
+
+
+@contextmanager
+def _old_names_allowed() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.24 by a name that it deprecates; a user can do nothing about that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield

@@ -175,8 +175,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor
     length = query.shape[2]
     windowed = scores.window is not None and scores.window < length
     if scores.soft_cap is None and scores.sinks is None:
-        masking = {"attn_mask": _visible(length, scores.window, query.device)} if windowed else {"is_causal": True}
-        return scaled_dot_product_attention(query, key, value, scale=scores.scale, **masking)
+        mask = _visible(length, scores.window, query.device) if windowed else None
+        return scaled_dot_product_attention(query, key, value, mask, scale=scores.scale, is_causal=not windowed)
     products = query @ key.transpose(2, 3)
     weights = products.to(torch.promote_types(products.dtype, torch.float32)) * scores.scale
     if scores.soft_cap is not None:

@@ -99,8 +99,8 @@ def _refuse_unknown_scaling(config: PretrainedConfig, row: Row) -> None:
         neutral = value is None or value is False or value in (0, 1)
         if SCALES_LOGITS.search(key) and not OTHER_LOGITS.search(key) and key not in handled and not neutral:
             raise ModelError(
-                f"config.json of this {config.model_type} model has {key}={value!r}, which seems to scale its logits in a way "
-                "we don't know: logprobs would be wrong. Use another model, or add a row to reasoner/models/families.py"
+                f"config.json of this {config.model_type} model has {key}={value!r}, which seems to scale its "
+                "logits in a way we don't know. Use another model, or add a row to reasoner/models/families.py"
             )
 
 

@@ -114,10 +114,17 @@ def _load_base(
     if not family.known:
         _probe(Policy(base, family, revision=revision), weights.dtype_of(model, device))
     if model.gradient_checkpointing:
-        if not any(isinstance(part, GradientCheckpointingLayer) for part in base.modules()):
-            raise ModelError(f"{model.name} can't recompute its layers: set model.gradient_checkpointing=false")
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(base, model.name)
     return base, family, revision
+
+
+def recompute_layers(base: PreTrainedModel, name: str) -> None:
+    """Keep only each layer's input for the backward and make the rest again. Raises ModelError if it has no such layers."""
+    if not any(isinstance(part, GradientCheckpointingLayer) for part in base.modules()):
+        raise ModelError(f"{name} can't recompute its layers: set model.gradient_checkpointing=false")
+    # transformers 5.24 deprecates the second name; 5.17 has no other.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _check_head(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -150,6 +157,6 @@ def _probe(policy: Policy, dtype: torch.dtype) -> None:
     gap = float((ours.logprobs[1:] - theirs).abs().max())
     if not gap <= PROBE_GAP[dtype]:
         raise ModelError(
-            f"our logprobs of this {policy.family.name} model are {gap:.2g} nats from its own: it changes its logits in a "
-            "way we don't know. Use another model, or add a row to reasoner/models/families.py"
+            f"our logprobs of this {policy.family.name} model are {gap:.2g} nats from its own: it changes its logits "
+            "in a way we don't know. Use another model, or add a row to reasoner/models/families.py"
         )

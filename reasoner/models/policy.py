@@ -75,7 +75,7 @@ class Policy:
         return cast(torch.nn.Linear, self.base.get_output_embeddings()).weight
 
     def logprobs(self, batch: Packed, *, temperature: float) -> Logprobs:
-        """log p(token t | its sequence before t) and the entropy of that distribution: [N], 0.0 where the mask is False.
+        """log p(token t | its sequence before t), and the entropy there: [N], 0.0 where the mask is False.
 
         Of softmax(logits / temperature) over the head's whole vocabulary; float32 (float64 from a float64 model). Only
         the hidden rows before a masked token meet the head, so prompts cost no vocabulary matmul. Differentiable unless
@@ -132,6 +132,11 @@ class Policy:
     def trainable(self) -> dict[str, Parameter]:
         """The weights that learn, by name; a tied one once."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether freeze_reference was called, in this run or before the checkpoint it goes on from."""
+        return self._reference is not None
 
     def freeze_reference(self) -> None:
         """Keep a float32 copy of the weights that learn, as they are now; an earlier one is replaced."""
