@@ -1,0 +1,35 @@
+"""The order in which rows are taken: epoch after epoch, each a new permutation. A function of (seed, cursor) alone, so
+that a run can be resumed anywhere in it.
+"""
+
+from functools import lru_cache
+from random import Random
+
+
+class Order:
+    """Rows 0 to num_rows - 1 for ever; every row comes once before any comes twice.
+
+    >>> order = Order(num_rows=3, seed=0)
+    >>> order.take(cursor=0, count=2) + order.take(cursor=2, count=1) == order.take(cursor=0, count=3)
+    True
+    """
+
+    def __init__(self, num_rows: int, seed: int):
+        if num_rows < 1:
+            raise ValueError("an order needs at least one row")
+        self.num_rows = num_rows
+        self.seed = seed
+
+    def take(self, cursor: int, count: int) -> list[int]:
+        """`count` row numbers from position `cursor` of the endless order on."""
+        return [
+            _permutation(self.num_rows, self.seed, position // self.num_rows)[position % self.num_rows]
+            for position in range(cursor, cursor + count)
+        ]
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_rows: int, seed: int, epoch: int) -> list[int]:
+    rows = list(range(num_rows))
+    Random(f"{seed}/{epoch}").shuffle(rows)
+    return rows

@@ -1,0 +1,98 @@
+"""Rows from wherever `data` says: Python, a file, the hub, reasoning-gym; changed by `data.map`, each knowing where it
+came from.
+
+Everything is read into memory once: a million rows of text are about a gigabyte. Left out: streaming, and rows that
+change while we train.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reasoner.config import Data
+from reasoner.data.files import Located, file_of, read_file
+from reasoner.data.gym import PREFIX, read_gym
+from reasoner.data.hub import read_hub
+from reasoner.data.mapping import load_map
+from reasoner.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, after `data.map`. `number` counts the rows of its source from 1, those that were dropped too.
+
+    >>> Row(columns={"question": "2+2?", "answer": "4"}, where="train.jsonl:17", number=17)
+    """
+
+    columns: Mapping[str, Any]
+    where: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a source and how many `data.map` dropped on the way."""
+
+    rows: list[Row]
+    dropped_by_map: int
+
+
+def read_rows(data: Data, rows: Iterable[Mapping[str, Any]] | None = None) -> Rows:
+    """At most `data.limit` rows after `data.map`: of `rows` where Python hands some in, else of `data.path`, else of
+    `data.name`.
+
+    Raises DataError naming file:line, ConfigError if nothing says where rows come from, MissingExtra without
+    reasoning-gym.
+    """
+    change = load_map(data.map) if data.map else None
+    kept: list[Row] = []
+    dropped = 0
+    for number, (columns, where) in enumerate(_located(data, rows), start=1):
+        if data.limit is not None and len(kept) == data.limit:
+            break
+        changed = change(columns, where) if change else columns
+        if changed is None:
+            dropped += 1
+        else:
+            kept.append(Row(changed, where, number))
+    if dropped and not kept:
+        raise DataError(f"data.map={data.map} dropped all {dropped:,} rows")
+    return Rows(kept, dropped)
+
+
+def source_of(data: Data, rows: Iterable[Mapping[str, Any]] | None = None) -> tuple[str, ...]:
+    """What tells two sources apart; sections with equal sources read the same rows, if maybe not as many of them."""
+    if rows is not None:
+        return ("rows",)
+    if data.path:
+        return ("file", str(file_of(data.path, data.split).resolve()))
+    if data.name and data.name.startswith(PREFIX):
+        return ("gym", data.name, json.dumps(data.options, sort_keys=True, default=str), str(data.seed))
+    return ("hub", str(data.name), str(data.subset), str(data.split), str(data.revision))
+
+
+def _located(data: Data, rows: Iterable[Mapping[str, Any]] | None) -> Iterator[Located]:
+    if rows is not None:
+        return _given(rows)
+    if data.path:
+        return read_file(file_of(data.path, data.split))
+    if not data.name:
+        raise ConfigError("nothing says where rows come from: give data.path=FILE or data.name=HUB_OR_GYM_NAME")
+    if data.name.startswith(PREFIX):
+        return read_gym(data.name, size=data.size, seed=data.seed, options=data.options)
+    if Path(data.name).exists() or Path(data.name).suffix in (".jsonl", ".csv", ".parquet"):
+        raise ConfigError(f"data.name={data.name} looks like a file: say data.path={data.name}")
+    return read_hub(data.name, subset=data.subset, split=data.split, revision=data.revision)
+
+
+def _given(rows: Iterable[Mapping[str, Any]]) -> Iterator[Located]:
+    number = 0
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            hint = ' (a DataFrame goes in as frame.to_dict("records"))' if hasattr(rows, "to_dict") else ""
+            raise DataError(f"row {number} is a {type(row).__name__}, not a mapping of columns to values{hint}")
+        yield dict(row), f"row {number}"
+    if not number:
+        raise DataError("the rows handed in from Python are empty: was the iterable used up before?")

@@ -1,0 +1,228 @@
+"""All data of a run: worked examples for SFT, prompts for GRPO, evaluation sets, kept apart from each other, counted.
+
+What is held out stays so whatever `stages` says, so that a stage run on its own never trains on another run's test.
+Left out: reading anything that no stage needs.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reasoner.config import Config, Data, data_of
+from reasoner.data.examples import make_examples
+from reasoner.data.problems import Problem, make_problems
+from reasoner.data.prompts import make_prompts
+from reasoner.data.rows import Rows, read_rows, source_of
+from reasoner.data.split import drop_duplicates, exact_key, take_heldout, without_heldout, without_overlap, words
+from reasoner.data.templates import Template, make_template
+from reasoner.errors import ConfigError, DataError, ModelError
+from reasoner.types import Example, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELDOUT = "heldout"
+TRAINING = ("sft", "grpo")
+MEASURING = {"evaluate", "export"}
+OWN_SOURCE = {"path", "name", "subset", "split"}
+# What can become of a row, in the order in which it can happen, with the words for it.
+COUNTS = {
+    "dropped_by_map": "dropped by data.map",
+    "empty": "empty",
+    "heldout": "held out",
+    "duplicates": "duplicates",
+    "overlap_removed": "removed for overlap",
+    "long_prompts": "prompts too long",
+    "long_completions": "completions too long",
+}
+SHOWN_CHARS = 400
+
+Report = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a run trains on and is measured on.
+
+    `report` has a section's (sft, grpo, each set's) counts: `rows` read, one for each of COUNTS, `kept`; and for a set
+    `overlap_removed_from_training`.
+    """
+
+    template: Template
+    examples: tuple[Example, ...]
+    prompts: tuple[Prompt, ...]
+    sets: Mapping[str, tuple[Prompt, ...]]
+    report: Report
+
+    @property
+    def overlap_removed(self) -> dict[str, int]:
+        """By set, the rows that overlap cost: the set's own (masked) or training's (exact)."""
+        return {
+            name: self.report[name]["overlap_removed"] + self.report[name]["overlap_removed_from_training"]
+            for name in self.sets
+        }
+
+    def lines(self) -> list[str]:
+        """A line a section, and the first prompt as the model reads it."""
+        prompts = [*self.prompts[:1], *(example.prompt for example in self.examples[:1])]
+        prompts += [prompt for one in self.sets.values() for prompt in one[:1]]
+        text = prompts[0].text if len(prompts[0].text) <= SHOWN_CHARS else f"{prompts[0].text[:SHOWN_CHARS]}..."
+        shown = f"the first prompt, {len(prompts[0].token_ids)} tokens: {text!r}"
+        return [*(_line(name, counts) for name, counts in self.report.items()), shown]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section of the conf that reads rows: a training stage, a set, or `data` for its held-out rows."""
+
+    name: str
+    where: str  # in the conf
+    data: Data
+    source: tuple[str, ...]
+    given: Sequence[Mapping[str, Any]] | None
+
+    @property
+    def trains(self) -> bool:
+        """True for sft and grpo."""
+        return self.name in TRAINING
+
+
+def load_task(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Mapping[str, Any]] | None = None
+) -> Task:
+    """The task of the conf; `rows` from Python stand in for those of `data`, and of sections without their own source.
+
+    Raises DataError (with file:line), ConfigError, ModelError (the template, characters) or MissingExtra.
+    """
+    sections = _sections(config, None if rows is None else list(rows))
+    template = _template_of(sections, tokenizer)
+    problems, counts = _read(sections, template)
+    _split(sections, problems, counts)
+    measured = not MEASURING.isdisjoint(config.stages)
+    used = [section for section in sections if section.trains or measured]
+    return _encode(used, problems, counts, template, config.sft.max_completion_tokens)
+
+
+def _sections(config: Config, given: Sequence[Mapping[str, Any]] | None) -> list[Section]:
+    def section(name: str, where: str, node: Mapping[str, Any]) -> Section:
+        data = data_of(config, node, where)
+        rows = None if OWN_SOURCE & node.keys() else given
+        return Section(name, where, data, source_of(data, rows), rows)
+
+    training = [section(name, f"{name}.data", getattr(config, name).data) for name in TRAINING if name in config.stages]
+    measured = not MEASURING.isdisjoint(config.stages)
+    nodes = config.evaluate.sets
+    for name in (name for name in (*TRAINING, HELDOUT) if name in nodes):
+        raise ConfigError(f"evaluate.sets.{name}: the name is taken; choose another for the set")
+    if not nodes:
+        heldout = section(HELDOUT, "data", {})
+        shared = bool(config.data.heldout) and any(one.source == heldout.source for one in training)
+        return [*training, heldout] if measured or shared else training
+    sets = [section(name, f"evaluate.sets.{name}", node) for name, node in nodes.items()] if measured else []
+    for one in sets:
+        twin = next((other for other in training if other.source == one.source), None)
+        if twin:
+            what = f"{one.where} reads the rows that {twin.where} trains on"
+            raise DataError(f"{what}: give {one.where}.split or {one.where}.path, or leave evaluate.sets out")
+    return [*training, *sets]
+
+
+def _template_of(sections: Sequence[Section], tokenizer: "PreTrainedTokenizerBase") -> Template:
+    first = sections[0]
+    for other in sections[1:]:
+        for key in ("template", "date"):
+            one, two = getattr(first.data, key), getattr(other.data, key)
+            if one != two:
+                raise ConfigError(
+                    f"{first.where} has {key}={one}, {other.where} {key}={two}: a run has one; set data.{key}"
+                )
+    return make_template(tokenizer, first.data)
+
+
+def _read(sections: Sequence[Section], template: Template) -> tuple[dict[str, list[Problem]], dict[str, Counter[str]]]:
+    problems: dict[str, list[Problem]] = {}
+    counts: dict[str, Counter[str]] = {}
+    known: dict[tuple[Any, ...], Rows] = {}
+    for section in sections:
+        data, name = section.data, section.name
+        key = (section.source, data.map, data.limit, data.size)
+        if key not in known:
+            known[key] = read_rows(data, section.given)
+        problems[name], counts[name] = make_problems(known[key], data, template.guard, worked=name == "sft")
+    return problems, counts
+
+
+def _split(sections: Sequence[Section], problems: dict[str, list[Problem]], counts: Mapping[str, Counter[str]]) -> None:
+    """Draws the held-out rows and takes them, duplicates and overlap away from where they don't belong."""
+    heldout = next((section for section in sections if section.name == HELDOUT), None)
+    if heldout:
+        problems[HELDOUT] = take_heldout(problems[HELDOUT], heldout.data.heldout, heldout.data.seed)
+    for section in (section for section in sections if section.trains):
+        name = section.name
+        if heldout:
+            problems[name], counts[name]["heldout"] = without_heldout(
+                problems[name], problems[HELDOUT], same_source=section.source == heldout.source
+            )
+        problems[name], counts[name]["duplicates"] = drop_duplicates(problems[name])
+    training = [section.name for section in sections if section.trains]
+    for section in (section for section in sections if not section.trains):
+        name = section.name
+        if section.data.overlap == "masked":
+            trained = [problem for source in training for problem in problems[source]]
+            problems[name], counts[name]["overlap_removed"] = without_overlap(problems[name], trained, words)
+        elif section.data.overlap == "exact":
+            key = exact_key(problem.wording for side in (name, *training) for problem in problems[side])
+            for source in training:
+                problems[source], removed = without_overlap(problems[source], problems[name], key)
+                counts[source]["overlap_removed"] += removed
+                counts[name]["overlap_removed_from_training"] += removed
+
+
+def _encode(
+    sections: Sequence[Section],
+    problems: Mapping[str, Sequence[Problem]],
+    counts: Mapping[str, Counter[str]],
+    template: Template,
+    max_completion_tokens: int,
+) -> Task:
+    examples: tuple[Example, ...] = ()
+    prompts: dict[str, tuple[Prompt, ...]] = {}
+    report: Report = {}
+    seen: set[str] = set()
+    for section in sections:
+        name, count = section.name, counts[section.name]
+        made, count["long_prompts"] = make_prompts(problems[name], section.data, template, name)
+        kept = [problem for problem, _ in made]
+        if name == "sft":
+            worked, count["long_completions"] = make_examples(made, template, max_completion_tokens)
+            kept, examples = [problem for problem, _ in worked], tuple(example for _, example in worked)
+        prompts[name] = tuple(prompt for _, prompt in made)
+        names = ["rows", *COUNTS] if section.trains else ["rows", *COUNTS, "overlap_removed_from_training"]
+        report[name] = {what: count[what] for what in names} | {"kept": len(kept)}
+        if not kept:
+            raise DataError(f"{_line(name, report[name])}: nothing is left to work on; see {section.where}")
+        _check_characters(kept, template, seen)
+    sets = {section.name: prompts[section.name] for section in sections if not section.trains}
+    return Task(template, examples, prompts.get("grpo", ()), sets, report)
+
+
+def _check_characters(problems: Iterable[Problem], template: Template, seen: set[str]) -> None:
+    """Raises ModelError if the tokenizer loses characters of a question or a gold text: no reward can come of them."""
+    for problem in problems:
+        for text in (problem.question, problem.answer, problem.completion):
+            if seen.issuperset(text):
+                continue
+            seen.update(text)
+            lost = template.codec.lost(template.codec.unguard(text))
+            if lost:
+                raise ModelError(
+                    f"{problem.where}: the model's tokenizer loses the characters {' '.join(sorted(lost))}: choose "
+                    "another model, or replace them by data.map"
+                )
+
+
+def _line(name: str, counts: Mapping[str, int]) -> str:
+    what = "examples" if name == "sft" else "prompts" if name == "grpo" else "problems"
+    gone = ", ".join(f"{counts[key]:,} {told}" for key, told in COUNTS.items() if counts[key])
+    return f"{name}: {counts['kept']:,} {what} of {counts['rows']:,} rows" + (f" ({gone})" if gone else "")
