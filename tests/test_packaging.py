@@ -1,0 +1,85 @@
+"""What is installed: the wheel is whole, both constraint sets pin, a GPU machine hears at once what it lacks."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_carries_every_module_conf_and_template(tmp_path):
+    source = tmp_path / "source"
+    for folder in ("reasoner", "conf"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("reasoner_rl-*.whl")
+    carried = set(zipfile.ZipFile(wheel).namelist())
+    package = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.jinja") for path in (ROOT / "reasoner").rglob(kind)}
+    confs = {f"reasoner/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert "reasoner/conf/base.yaml" in confs
+    assert package | confs <= carried, "a folder of reasoner/ is absent from tool.setuptools.packages"
+    assert not [name for name in carried if not name.startswith(("reasoner/", "reasoner_rl-"))]
+    assert any(name.endswith("/licenses/LICENSE") for name in carried)
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-gpu.txt"])
+def test_constraints_pin_exact_versions_of_no_one_build(name):
+    """`+cpu` would tie the set to one index; pip takes the build that the machine's own index offers."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line)] == []
+    assert any(line.startswith("torch==") for line in lines)
+
+
+def check_gpu(
+    folder: Path, driver: str, *, gcc: bool, headers: bool, free_gib: int
+) -> subprocess.CompletedProcess[str]:
+    """bin/check_gpu.sh on a machine whose driver, compiler, Python and disk are what we say."""
+    if headers:
+        (folder / "Python.h").touch()
+    programs = {
+        "nvidia-smi": f"echo {driver}",
+        "python3": f"echo {folder}",
+        "df": f"echo Avail; echo {free_gib * 1024}",
+        **({"gcc": ""} if gcc else {}),
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    for name in ("bash", "env", "head", "tail", "sort"):
+        (folder / name).symlink_to(shutil.which(name) or name)
+    environment = {**os.environ, "PATH": str(folder)}
+    return subprocess.run([ROOT / "bin/check_gpu.sh"], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_gpu_machine_without_anything_hears_all_of_it_at_once(tmp_path):
+    done = check_gpu(tmp_path, "570.124.06", gcc=False, headers=False, free_gib=3)
+    assert done.returncode == 1
+    for missing in (
+        "at least 580.65 (this one is 570.124.06)",
+        "gcc",
+        "python3-dev",
+        "20 GiB of free disk here (there are 3)",
+    ):
+        assert missing in done.stderr
+
+
+@pytest.mark.parametrize("driver", ["580.65", "580.65.06", "581.0", "1000.1"])
+def test_a_gpu_machine_with_all_passes_in_silence(tmp_path, driver):
+    done = check_gpu(tmp_path, driver, gcc=True, headers=True, free_gib=20)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("driver", ["580.9", "579.99.99", "99.1"])
+def test_an_old_driver_alone_is_named_alone(tmp_path, driver):
+    done = check_gpu(tmp_path, driver, gcc=True, headers=True, free_gib=20)
+    assert done.returncode == 1
+    assert done.stderr.count("\n- ") == 1
