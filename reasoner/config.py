@@ -79,7 +79,7 @@ class Model:
 class Data:
     """Where rows come from and how they become prompts. `sft.data`, `grpo.data` and `evaluate.sets.NAME` say only what differs."""
 
-    path: str | None = None  # a JSONL, CSV or Parquet file; comes before `name`
+    path: str | None = None  # a JSONL, CSV or Parquet file, or a folder that has the split as one; comes before `name`
     name: str | None = None  # a hub dataset, or reasoning_gym/TASK
     subset: str | None = None  # the hub's "config"
     split: str | None = None
