@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from reasoner import config
 from reasoner.errors import ModelError
+from reasoner.models.sources import first_line
 
 ADAPTER = "policy"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -71,9 +73,12 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     """The base with the adapter that `save` wrote, trainable. Raises ModelError if the folder does not hold one."""
     if not (folder / WEIGHTS_FILE).is_file() or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds no adapter: it needs adapter_config.json and {WEIGHTS_FILE}")
-    base.name_or_path = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
-    with _old_names_allowed():
-        return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True)
+    try:
+        base.name_or_path = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+        with _old_names_allowed():
+            return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the adapter in {folder} can't be read: {first_line(error)}") from None
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def _load_base(
 
 
 def recompute_layers(base: PreTrainedModel, name: str) -> None:
-    """Keep only each layer's input for the backward and make the rest again. Raises ModelError if it has no such layers."""
+    """Each layer keeps its input alone and runs again in the backward. Raises ModelError where layers can't."""
     if not any(isinstance(part, GradientCheckpointingLayer) for part in base.modules()):
         raise ModelError(f"{name} can't recompute its layers: set model.gradient_checkpointing=false")
     # transformers 5.24 deprecates the second name; 5.17 has no other.

@@ -22,6 +22,7 @@ from reasoner.kernels.linear_logprobs import Logprobs, linear_logprobs
 from reasoner.models import adapters
 from reasoner.models.attention import Layout
 from reasoner.models.families import Family
+from reasoner.models.weights import quiet
 
 REFERENCE = "reference."
 
@@ -191,7 +192,8 @@ class Policy:
         if isinstance(self.model, PeftModel):
             adapters.save(self.model, folder)
         else:
-            self.model.save_pretrained(folder)
+            with quiet():
+                self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         # Ids alone: the checkpoint's sampling defaults (a repetition penalty, a top-k) are not what we trained or
         # scored.

@@ -150,7 +150,12 @@ def unreadable(model: config.Model, error: Exception) -> ModelError:
             f"the hub can't be reached and {model.name} was not downloaded before: connect once, or put the model "
             "into a folder and set model.name=FOLDER"
         )
-    return ModelError(f"model.name={model.name} can't be read: {str(error).strip().splitlines()[0]}")
+    return ModelError(f"model.name={model.name} can't be read: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, without the pages that follow."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _gated(name: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -26,13 +27,8 @@ TEXT_PART = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(model\.language_model|language_model\.model)\.": "model.",
 }
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    ImportError,
-)  # what transformers raises on files it can't use
+# What transformers raises on files that it can't use.
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 def dtype_of(model: config.Model, device: torch.device) -> torch.dtype:
@@ -80,7 +76,7 @@ def _from_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtyp
     try:
         loaded = _whole(str(path.parent), str(path), options)
     except UNREADABLE as error:
-        raise ModelError(f"{path} can't be read: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"{path} can't be read: {sources.first_line(error)}") from None
     settings = loaded.config.to_dict()
     for of_the_file in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(of_the_file, None)
@@ -91,7 +87,7 @@ def _from_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtyp
 
 
 def _whole(path: str, name: str, options: dict[str, Any]) -> PreTrainedModel:
-    with _quiet():
+    with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     base, report = loaded
     lost = sorted(str(key) for part in ("missing_keys", "mismatched_keys") for key in report[part])
@@ -103,7 +99,7 @@ def _whole(path: str, name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' log lines and progress bars off: what matters of them is raised."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The table of families against the configs that transformers makes, and H5: an unknown scaling of logits is refused."""
+"""The table of families against transformers' configs, and H5: an unknown scaling of logits is refused."""
 
 import pytest
 from transformers import AutoConfig
@@ -10,7 +10,13 @@ from tests.models import tiny_models
 
 @pytest.mark.parametrize(
     ("family", "soft_cap", "scale"),
-    [("llama", None, 1.0), ("gemma2", 0.5, 1.0), ("cohere", None, 0.25), ("cohere2", None, 0.25), ("granite", None, 0.5)],
+    [
+        ("llama", None, 1.0),
+        ("gemma2", 0.5, 1.0),
+        ("cohere", None, 0.25),
+        ("cohere2", None, 0.25),
+        ("granite", None, 0.5),
+    ],
 )
 def test_h5_soft_cap_and_scale_come_from_the_config(family: str, soft_cap: float | None, scale: float) -> None:
     found = family_of(tiny_models.make_config(family))

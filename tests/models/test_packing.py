@@ -1,4 +1,4 @@
-"""Packed logprobs are those of each sequence alone, family by family, and nothing crosses from one sequence into another."""
+"""Packed logprobs are those of each sequence alone, family by family, and nothing crosses between sequences."""
 
 import dataclasses
 
@@ -42,7 +42,9 @@ def test_packed_logprobs_are_those_of_one_sequence_at_a_time(family: str) -> Non
     torch.testing.assert_close(packed.logprobs, truth, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "phi3", "cohere", "granite", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "gemma2", "gemma3_text", "phi3", "cohere", "granite", "gpt_oss"]
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_packed_gradients_are_those_of_one_sequence_at_a_time(family: str, recompute: bool) -> None:
     # B7 with recomputation: gradients reach the adapters through a frozen base.
@@ -116,9 +118,13 @@ def test_b3_index_t_speaks_of_token_t() -> None:
     found = policy.logprobs(batch, temperature=1.0)
     logits = make_model("qwen3", attention="sdpa")(input_ids=batch.token_ids[None]).logits[0]
     truth = logits.log_softmax(-1)
-    torch.testing.assert_close(found.logprobs, torch.stack([*truth.new_zeros(2), truth[1, 20], truth[2, 2]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.logprobs, torch.stack([*truth.new_zeros(2), truth[1, 20], truth[2, 2]]), atol=1e-5, rtol=0
+    )
     entropy = -(truth.exp() * truth).sum(-1)
-    torch.testing.assert_close(found.entropy, torch.stack([*truth.new_zeros(2), entropy[1], entropy[2]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.entropy, torch.stack([*truth.new_zeros(2), entropy[1], entropy[2]]), atol=1e-5, rtol=0
+    )
 
 
 def test_a14_head_rows_without_a_token_count_in_the_normalizer_as_in_transformers() -> None:
@@ -167,7 +173,15 @@ def test_c18_two_passes_give_the_same_bits_and_dropout_wakes_only_when_asked() -
 
 
 def test_a_family_outside_the_table_runs_one_sequence_a_pass() -> None:
-    settings = {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    settings = {
+        "vocab_size": 64,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     policy = make_policy("gpt2", **settings, attention="sdpa")
     batch = make_batch()
     assert not policy.family.packs and "one a pass" in policy.notes[0]
@@ -177,14 +191,24 @@ def test_a_family_outside_the_table_runs_one_sequence_a_pass() -> None:
 
 
 HYBRIDS = {
-    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "qwen3_5_text": {},
 }
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_hybrids_run_one_sequence_a_pass(family: str) -> None:
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
     layers = {"layer_types": ["linear_attention", "full_attention"]}
     policy = make_policy(family, attention="sdpa", **linear, **layers, **HYBRIDS[family])
     batch = make_batch((3, 9, 5))
@@ -195,7 +219,7 @@ def test_hybrids_run_one_sequence_a_pass(family: str) -> None:
 
 
 def test_the_comparison_sees_broken_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutants of the attention that the tests above must catch: one bucket for all as a single sequence, no window, no cap."""
+    """Mutants that the tests above must catch: all as one sequence, no window, no cap, no sinks."""
     batch = make_batch()
 
     def error(family: str) -> float:

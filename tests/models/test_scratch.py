@@ -11,7 +11,9 @@ from reasoner.errors import ModelError
 from reasoner.models.loading import load_model, load_tokenizer
 from reasoner.models.sources import check_model, context_limit
 
-SCRATCH = config.Scratch(characters="0123456789+-=() \nab", hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2)
+SCRATCH = config.Scratch(
+    characters="0123456789+-=() \nab", hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2
+)
 MODEL = config.Model(name="tiny", scratch=SCRATCH, max_context=96)
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every family that packs, as transformers makes them, and the naive truth: one sequence at a time."""
+"""Tiny random models of every family that packs, by transformers, and the naive truth: one sequence at a time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,9 @@ def make_model(family: str, seed: int = 0, *, attention: str = PACKED, **changes
         return AutoModelForCausalLM.from_config(settings, attn_implementation=attention, dtype=torch.float32)
 
 
-def make_policy(family: str = "llama", *, lora: config.Lora | None = None, dtype: torch.dtype = torch.float32, **changes: Any) -> Policy:
+def make_policy(
+    family: str = "llama", *, lora: config.Lora | None = None, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Policy:
     """A policy that is trained whole, or through an adapter whose B is not zero."""
     base = make_model(family, **changes).to(dtype)
     if lora is None:
