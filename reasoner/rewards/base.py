@@ -66,29 +66,20 @@ class Rewards:
         """The names of the parts, in the conf's order."""
         return tuple(part.name for part in self.parts)
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
-        """A Score for each completion; `prompts[i]` is the prompt of `completions[i]`. A failing reward raises
-        nothing: see Score.
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion], *, only: str | None = None
+    ) -> list[Score]:
+        """A Score for each completion; `prompts[i]` is the prompt of `completions[i]`. With `only`, of that part alone.
+
+        A failing reward raises nothing: see Score.
         """
         if self._pool is None:
             self._pool = Pool(self.setup, self.workers)
         pairs = list(zip(prompts, completions, strict=True))
-        outcomes = self._pool.run(
-            [part.call(prompt, completion) for prompt, completion in pairs for part in self.parts]
-        )
-        n = len(self.parts)
-        return [self._sum(outcomes[i * n : (i + 1) * n]) for i in range(len(pairs))]
-
-    def _sum(self, outcomes: Sequence[Outcome]) -> Score:
-        """Total = sum over the parts that apply and did not fail of weight x part."""
-        total, parts, failures = 0.0, {}, {}
-        for part, outcome in zip(self.parts, outcomes, strict=True):
-            if isinstance(outcome, Failure):
-                failures[part.name] = outcome.reason
-            elif outcome is not None:
-                parts[part.name] = outcome
-                total += part.weight * outcome
-        return Score(total, parts, failures)
+        parts = [part for part in self.parts if only in (None, part.name)]
+        outcomes = self._pool.run([part.call(prompt, completion) for prompt, completion in pairs for part in parts])
+        n = len(parts)
+        return [_sum(parts, outcomes[i * n : (i + 1) * n]) for i in range(len(pairs))]
 
     def close(self) -> None:
         """End the worker processes; a later score starts new ones."""
@@ -103,6 +94,18 @@ class Rewards:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _sum(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Score:
+    """Total = sum over the parts that apply and did not fail of weight x part."""
+    total, values, failures = 0.0, {}, {}
+    for part, outcome in zip(parts, outcomes, strict=True):
+        if isinstance(outcome, Failure):
+            failures[part.name] = outcome.reason
+        elif outcome is not None:
+            values[part.name] = outcome
+            total += part.weight * outcome
+    return Score(total, values, failures)
 
 
 def load_rewards(

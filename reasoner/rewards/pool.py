@@ -23,7 +23,7 @@ from typing import Any
 from reasoner.rewards.worker import LOADED, UNLOADABLE, VALUE, Source
 
 START_S = 120.0  # for loading: a reward's module may import torch on a busy machine
-MEMORY_GIB = 4  # address space of a worker; sympy's peak is under 0.2, `import torch` takes 0.6
+MEMORY_GIB = 4  # private memory of a worker; math-verify takes 0.1, `import torch` 0.5
 WORKER = Path(__file__).with_name("worker.py")
 
 

@@ -70,7 +70,8 @@ def _limit_memory(limit_bytes: int) -> None:
     if sys.platform == "linux":  # macOS takes the limit and ignores it
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+        # Not RLIMIT_AS: that counts shared libraries too, and a CUDA torch maps gigabytes of them on import.
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -204,7 +205,9 @@ def _lines(error: BaseException) -> list[tuple[str, int]]:
     while trace:
         lines.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
-    return [line for line in lines if line[0] != __file__ and not line[0].startswith("<frozen")]
+    return [
+        line for line in lines if line[0] not in (__file__, importlib.__file__) and not line[0].startswith("<frozen")
+    ]
 
 
 if __name__ == "__main__":

@@ -85,6 +85,13 @@ def test_total_is_the_weighted_sum_of_the_parts_that_apply(load, make_prompt, ma
     assert scores[2].failures["c"].startswith("ZeroDivisionError: integer division or modulo by zero (test_base.py:")
 
 
+def test_one_part_alone(load, make_prompt, make_completion):
+    parts = {"a": RewardPart(fn="one", weight=2.0), "b": "breaks"}
+    rewards = load(parts, one=lambda completion: 1, breaks=lambda completion: 1 // 0)
+    (score,) = rewards.score([make_prompt("")], [make_completion("")], only="a")
+    assert (score.total, score.parts, score.failures) == (2.0, {"a": 1.0}, {})
+
+
 def test_c14_each_completion_is_scored_against_its_own_prompt(load, make_prompt, make_completion):
     rewards = load({"accuracy": "math"})
     prompts = [make_prompt(str(i)) for i in range(40)]
@@ -157,10 +164,12 @@ def test_an_edit_between_runs_is_seen_and_one_in_mid_run_is_not(load, make_promp
 
 
 def test_sibling_imports_work_and_shadow_nothing(load, make_prompt, make_completion, tmp_path):
-    write(tmp_path, "import math\nfrom my_numbers import SEVEN\ndef score(completion): return math.sqrt(SEVEN * 7)\n")
-    write(tmp_path, "SEVEN = 7\n", "my_numbers.py")
-    write(tmp_path, "raise RuntimeError('this is not the standard library')\n", "math.py")
-    assert load({"p": "my_reward.py:score"}).score([make_prompt("")], [make_completion("")])[0].total == 7
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write(folder, "import math\nfrom my_numbers import SEVEN\ndef score(completion): return math.sqrt(SEVEN * 7)\n")
+    write(folder, "SEVEN = 7\n", "my_numbers.py")
+    write(folder, "raise RuntimeError('this is not the standard library')\n", "math.py")
+    assert load({"p": "mine/my_reward.py:score"}).score([make_prompt("")], [make_completion("")])[0].total == 7
 
 
 def test_a_module_beside_the_conf(load, make_prompt, make_completion, tmp_path):
@@ -268,8 +277,8 @@ def test_no_parts(load):
 
 
 def test_a_missing_package_of_ours_names_the_extra(load, tmp_path):
-    write(tmp_path, "import vllm\ndef score(completion): return 1\n")
-    with pytest.raises(MissingExtra, match="vllm"):
+    write(tmp_path, "raise ModuleNotFoundError('not here', name='reasoning_gym.tasks')\n")
+    with pytest.raises(MissingExtra, match=r"reasoning_gym.*\.\[gym\]"):
         load({"p": "my_reward.py:score"})
 
 

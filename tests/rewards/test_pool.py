@@ -320,3 +320,15 @@ def test_a_stopped_worker_leaves_no_process():
     assert worker.load()[0] == "loaded"
     assert worker.stop() == -9
     assert worker.stop() == 0
+
+
+def test_slow_imports_of_a_built_in_are_outside_the_limit(tmp_path):
+    (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(4)\n")
+    (tmp_path / "my_module.py").write_text("def score(completion):\n    import slow_module\n    return 1\n")
+    pool = Pool(Setup({"part": ("module", "my_module", "score", b"")}, (str(tmp_path), *sys.path)), 1)
+    try:
+        assert pool.run([Call("part", {"completion": ""}, 2.0, imports=("slow_module",))] * 2) == [1.0, 1.0]
+        (outcome,) = pool.run([Call("part", {"completion": ""}, 2.0, imports=("no_such_module",))])
+        assert outcome == Failure("ModuleNotFoundError: No module named 'no_such_module'")
+    finally:
+        pool.close()
