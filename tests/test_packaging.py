@@ -1,6 +1,5 @@
-"""What is installed: the wheel is whole, both constraint sets pin, a GPU machine hears at once what it lacks."""
+"""What is installed: the wheel is whole, both constraint sets pin, a machine hears at once what it lacks."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -39,47 +38,58 @@ def test_constraints_pin_exact_versions_of_no_one_build(name):
     assert any(line.startswith("torch==") for line in lines)
 
 
-def check_gpu(
-    folder: Path, driver: str, *, gcc: bool, headers: bool, free_gib: int
-) -> subprocess.CompletedProcess[str]:
-    """bin/check_gpu.sh on a machine whose driver, compiler, Python and disk are what we say."""
-    if headers:
-        (folder / "Python.h").touch()
+def check_machine(folder: Path, **machine: object) -> subprocess.CompletedProcess[str]:
+    """bin/check_machine.sh on a machine whose Python, compiler, disk and driver (None: no GPU) are what we say."""
+    machine = {"version": "3.11", "venv": True, "headers": True, "gcc": True, "free_gib": 20, "driver": None} | machine
     programs = {
-        "nvidia-smi": f"echo {driver}",
-        "python3": f"echo {folder}",
-        "df": f"echo Avail; echo {free_gib * 1024}",
-        **({"gcc": ""} if gcc else {}),
+        "python": 'case "$2" in'
+        f" *version_info*) exit {int(machine['version'] == '3.10')};;"
+        f" *ensurepip*) exit {int(not machine['venv'])};;"
+        f" *) echo {folder};; esac",
+        "df": f"echo Avail; echo $(({machine['free_gib']} * 1024))",
     }
+    if machine["gcc"]:
+        programs["gcc"] = ""
+    if machine["driver"]:
+        programs["nvidia-smi"] = f"echo {machine['driver']}"
+    if machine["headers"]:
+        (folder / "Python.h").touch()
     for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     for name in ("bash", "env", "head", "tail", "sort"):
         (folder / name).symlink_to(shutil.which(name) or name)
-    environment = {**os.environ, "PATH": str(folder)}
-    return subprocess.run([ROOT / "bin/check_gpu.sh"], env=environment, capture_output=True, text=True, check=False)
+    command = [ROOT / "bin/check_machine.sh", "python"]
+    return subprocess.run(command, env={"PATH": str(folder)}, capture_output=True, text=True, check=False)
 
 
 def test_a_gpu_machine_without_anything_hears_all_of_it_at_once(tmp_path):
-    done = check_gpu(tmp_path, "570.124.06", gcc=False, headers=False, free_gib=3)
+    done = check_machine(tmp_path, venv=False, headers=False, gcc=False, free_gib=3, driver="570.124.06")
     assert done.returncode == 1
-    for missing in (
-        "at least 580.65 (this one is 570.124.06)",
-        "gcc",
-        "python3-dev",
-        "20 GiB of free disk here (there are 3)",
-    ):
+    assert done.stderr.count("\n- ") == 5
+    for missing in ("python3-venv", "python3-dev", "gcc", "20 GiB of free disk here (there are 3)", "is 570.124.06"):
         assert missing in done.stderr
 
 
-@pytest.mark.parametrize("driver", ["580.65", "580.65.06", "581.0", "1000.1"])
-def test_a_gpu_machine_with_all_passes_in_silence(tmp_path, driver):
-    done = check_gpu(tmp_path, driver, gcc=True, headers=True, free_gib=20)
+@pytest.mark.parametrize("driver", [None, "580.65", "580.65.06", "581.0", "1000.1"])
+def test_a_machine_with_all_passes_in_silence(tmp_path, driver):
+    done = check_machine(tmp_path, driver=driver)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("driver", ["580.9", "579.99.99", "99.1"])
-def test_an_old_driver_alone_is_named_alone(tmp_path, driver):
-    done = check_gpu(tmp_path, driver, gcc=True, headers=True, free_gib=20)
+@pytest.mark.parametrize(
+    ("machine", "missing"),
+    [
+        ({"version": "3.10"}, "Python 3.11 or newer"),
+        ({"gcc": False}, "gcc"),
+        ({"free_gib": 7}, "8 GiB of free disk here (there are 7)"),
+        ({"driver": "580.9"}, "at least 580.65 (this one is 580.9)"),
+        ({"driver": "99.1"}, "at least 580.65 (this one is 99.1)"),
+        ({"driver": "590.1", "free_gib": 19}, "20 GiB of free disk here (there are 19)"),
+    ],
+)
+def test_what_alone_is_missing_is_named_alone(tmp_path, machine, missing):
+    done = check_machine(tmp_path, **machine)
     assert done.returncode == 1
+    assert missing in done.stderr
     assert done.stderr.count("\n- ") == 1
