@@ -83,9 +83,10 @@ def ids_of(completions: Sequence[Sequence[Completion]]) -> list[list[tuple[int, 
 
 def trainer_logprobs(policy: Policy, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], temperature: float):
     """The policy's own logprobs of completions after their prompts, one list a completion."""
-    layout = Layout.of([len(prompt) + len(completion) for prompt, completion in sequences])
-    token_ids = torch.tensor([i for prompt, completion in sequences for i in (*prompt, *completion)])
-    mask = torch.tensor([i >= len(p) for p, c in sequences for i in range(len(p) + len(c))])
+    device = policy.device
+    layout = Layout.of([len(prompt) + len(completion) for prompt, completion in sequences], device)
+    token_ids = torch.tensor([i for prompt, completion in sequences for i in (*prompt, *completion)], device=device)
+    mask = torch.tensor([i >= len(p) for p, c in sequences for i in range(len(p) + len(c))], device=device)
     with torch.no_grad():
         found = policy.logprobs(PackedBatch(token_ids, layout, mask), temperature=temperature).logprobs
     return [x[len(p) :].tolist() for x, (p, _) in zip(found.split(layout.lengths), sequences, strict=True)]

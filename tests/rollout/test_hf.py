@@ -112,6 +112,17 @@ def test_d13_draws_belong_to_seed_step_prompt_and_how_often_it_came():
     assert len(set(both.flatten().tolist())) == both.numel()
 
 
+def test_every_token_is_drawn_with_its_own_number():
+    """Where all ids are equally likely, token t is floor(V x draw t)."""
+    policy, some = make_policy(), sampling(stop_ids=())
+    with torch.no_grad():
+        policy.head_weight.zero_()
+    prompts = [prompt_of(3, name="a"), prompt_of(3, 4, name="b")]
+    completions = engine_of(policy).generate(prompts, some, policy_step=4)
+    draws = uniform_draws(prompts, some, 4)
+    assert [list(c.token_ids) for several in completions for c in several] == (draws * 64).long().tolist()
+
+
 def test_c20_a_16_bit_head_gives_float32_logits():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=generator).bfloat16() for n in (5, 100))
@@ -245,11 +256,13 @@ def test_rows_that_ended_leave_the_batch_and_the_others_go_on_alike():
     )
     stops = tuple(range(2, 64, 6))
     stopped = sampled_ids(policy, stop_ids=stops, **many)
+    sampled_ids(policy, stop_ids=(), num_completions=20, max_tokens=2)
     handle.remove()
     ends = [next((t + 1 for t, i in enumerate(ids) if i in stops), len(ids)) for ids in free]
     assert stopped == [ids[:end] for ids, end in zip(free, ends, strict=True)]
     assert widths[0] == 1  # the prompt is read once for its eight completions
-    assert widths[1] > widths[-1]
+    assert widths[1] > widths[-7]
+    assert widths[-6:] == [1, 8, 1, 8, 1, 4]  # never more than max_sequences at once
 
 
 @pytest.mark.gpu
