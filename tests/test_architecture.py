@@ -138,9 +138,8 @@ def trust_problems(path: Path, source: str) -> Iterator[str]:
 
 
 MACHINE_PATH = re.compile(r"(?<![\w.~$)}-])/(?:work|root|home/(?!me/|you/)[\w.-]+)/")  # /home/me/ is an example's
-REGISTRY_HOST = re.compile(
-    "|".join(re.escape(host) for host in ("pypi" + ".org", "files.pythonhosted", "deb.debian", "registry.npmjs"))
-)
+HOSTS = (("pypi", "org"), ("files", "pythonhosted"), ("deb", "debian"), ("registry", "npmjs"))
+REGISTRY_HOST = re.compile("|".join(r"\b" + r"\.".join(words) for words in HOSTS))
 
 
 def text_problems(path: Path, text: str) -> Iterator[str]:
