@@ -1,4 +1,5 @@
-"""reasoner: train a reasoning model at home. `import reasoner` loads nothing heavy; `reasoner.train` does when it is first used."""
+"""reasoner: train a reasoning model at home. `import reasoner` loads nothing heavy; `reasoner.train` does when it is
+first used."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""The command line: `python -m reasoner conf=NAME [key=value ...]`. Errors of the user's end here in one line and their exit code."""
+"""The command line: `python -m reasoner conf=NAME [key=value ...]`. Errors of the user's end here in one line and
+their exit code."""
 
 import os
 import subprocess
@@ -8,7 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reasoner import __version__
-from reasoner.compose import PackagedConfs, annotated_yaml, compose_conf, groups_in, list_confs, locate, packaged_confs, rewrite
+from reasoner.compose import (
+    PackagedConfs,
+    annotated_yaml,
+    compose_conf,
+    groups_in,
+    list_confs,
+    locate,
+    packaged_confs,
+    rewrite,
+)
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError
 
@@ -45,7 +55,9 @@ def _run(arguments: list[str]) -> int:
         if verb not in VERBS:
             raise ConfigError(f"unknown command '{verb}'{nearest(verb, list(VERBS))}")
     overrides, flags = _sort(arguments)
-    settings = dict(override.partition("=")[::2] for override in overrides)
+    settings: dict[str, str] = {}
+    for override in overrides:
+        key, _, settings[key] = override.partition("=")
     conf, run = settings.get("conf"), settings.get("resume")
     if conf is None and run is not None:
         conf = str(Path(run) / "config.yaml")
@@ -74,7 +86,9 @@ def _wants_listing(flags: list[str]) -> bool:
         return False
     if flags in (["--cfg", "job"], ["-c", "job"], ["--cfg=job"]):
         return True
-    raise ConfigError(f"unknown option '{' '.join(flags)}'{nearest(flags[0], ['--cfg', '--multirun', '--help', '--version'])}")
+    raise ConfigError(
+        f"unknown option '{' '.join(flags)}'{nearest(flags[0], ['--cfg', '--multirun', '--help', '--version'])}"
+    )
 
 
 def _listing() -> str:
@@ -96,7 +110,8 @@ def _train(conf: str, overrides: list[str], *, show: bool) -> int:
 
 
 def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:
-    """Hydra's own --help, --info and --multirun. Each job of a multirun is a process of its own: a GPU is only given back by exiting."""
+    """Hydra's own --help, --info and --multirun. Each job of a multirun is a process of its own: a GPU is only given
+    back by exiting."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.plugins import Plugins
@@ -111,8 +126,9 @@ def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:
 
     groups = groups_in([folder, packaged_confs()])
     typed = [part for override in overrides for part in rewrite(override, groups)]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # no log files beside the runs' own
     os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors then reach us instead of ending in hydra's own report
-    sys.argv = ["reasoner", "--config-path", str(folder), "--config-name", name, *typed, *flags]
+    sys.argv = ["reasoner", "--config-path", str(folder), "--config-name", name, *typed, *quiet, *flags]
     hydra.main(version_base="1.3")(job)()
     return next((code for code in codes if code), 0)
 

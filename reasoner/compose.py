@@ -1,7 +1,10 @@
-"""From a conf's name and overrides to one plain mapping, and where each of its values came from. Hydra does the composing.
+"""From a conf's name and overrides to one plain mapping, and where each of its values came from. Hydra does the
+composing.
 
-`./conf` in the working directory (or the folder of `conf=path.yaml`) is searched before the packaged confs, for primary confs and groups alike.
-Overrides of keys go in as Hydra's `++key=value`, so that a key the schema knows needs no `+`; a wrong key is then named by the schema.
+`./conf` in the working directory (or the folder of `conf=path.yaml`) is searched before the packaged confs, for
+primary confs and groups alike.
+Overrides of keys go in as Hydra's `++key=value`, so that a key the schema knows needs no `+`; a wrong key is then
+named by the schema.
 """
 
 import os
@@ -48,7 +51,8 @@ class PackagedConfs(SearchPathPlugin):
 class Composed:
     """A conf with its overrides applied and interpolations resolved.
 
-    `sources` says for each dotted key which file or "command line" set it; a key that is absent took its default from the schema.
+    `sources` says for each dotted key which file or "command line" set it; a key that is absent took its default from
+    the schema.
     """
 
     name: str
@@ -58,7 +62,8 @@ class Composed:
 
 
 def locate(conf: str) -> tuple[Path, str]:
-    """(folder to search first, name) of `conf=NAME` or `conf=path/to/file.yaml`. Raises ConfigError that names the nearest conf."""
+    """(folder to search first, name) of `conf=NAME` or `conf=path/to/file.yaml`. Raises ConfigError that names the
+    nearest conf."""
     if conf.endswith((".yaml", ".yml")) or os.sep in conf:
         path = Path(conf).expanduser()
         if not path.is_file():
@@ -114,7 +119,8 @@ def quoted(value: str) -> str:
 
 
 def compose_conf(conf: str, overrides: Sequence[str] = ()) -> Composed:
-    """Compose `conf` with overrides as typed on the command line. Raises ConfigError: what, where, the nearest right name."""
+    """Compose `conf` with overrides as typed on the command line. Raises ConfigError: what, where, the nearest right
+    name."""
     folder, name = locate(conf)
     folders = [folder, packaged_confs()]
     typed = [part for override in overrides for part in rewrite(override, groups_in(folders))]
@@ -135,7 +141,8 @@ def compose_conf(conf: str, overrides: Sequence[str] = ()) -> Composed:
 
 
 def _anchored(value: Any, folder: Path, key: str = "") -> Any:
-    """File names made absolute, first by the working directory and then by the conf's folder, so that a resumed run finds them again."""
+    """File names made absolute, first by the working directory and then by the conf's folder, so that a resumed run
+    finds them again."""
     if isinstance(value, dict):
         return {inner: _anchored(item, folder, str(inner)) for inner, item in value.items()}
     if key not in FILE_KEYS or not isinstance(value, str):
@@ -149,7 +156,9 @@ def _sources(name: str, typed: Sequence[str], folders: Sequence[Path]) -> dict[s
     sources: dict[str, str] = {}
     loader = GlobalHydra.instance().config_loader()
     for default in loader.compute_defaults_list(name, list(typed), RunMode.RUN).defaults:
-        path = next((f / f"{default.config_path}.yaml" for f in folders if (f / f"{default.config_path}.yaml").is_file()), None)
+        path = next(
+            (f / f"{default.config_path}.yaml" for f in folders if (f / f"{default.config_path}.yaml").is_file()), None
+        )
         if path is None:
             continue
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -221,11 +230,14 @@ def _one_line(error: Exception, overrides: Sequence[str], folders: Sequence[Path
 
 @cache
 def card_gib() -> float | None:
-    """Memory of the first NVIDIA card in GiB, None without one; nvidia-smi is asked, so that composing needs no torch."""
+    """Memory of the first NVIDIA card in GiB, None without one; nvidia-smi is asked, so that composing needs no
+    torch."""
     if not shutil.which("nvidia-smi"):
         return None
     asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "--id=0"], capture_output=True, text=True
+        ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "--id=0"],
+        capture_output=True,
+        text=True,
     )
     return float(asked.stdout.split()[0]) / 1024 if asked.returncode == 0 and asked.stdout.strip() else None
 

@@ -1,6 +1,7 @@
 """The schema of every closed setting, with its unit and legal range, and `build` for the open ones (`_target_` nodes).
 
-Finding and composing the YAML is compose.py's part; here a plain mapping becomes a checked, frozen `Config`. Nothing is set behind the
+Finding and composing the YAML is compose.py's part; here a plain mapping becomes a checked, frozen `Config`. Nothing
+is set behind the
 user's back: a value that can't be honoured is a ConfigError, never an override.
 """
 
@@ -23,8 +24,9 @@ Node = dict[str, Any]  # an open `_target_` node, made by build()
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REFUSED_KEYS = {
-    f"rollout.{key}": "training samples from the policy's own distribution: top-p, top-k, min-p and penalties would hide tokens from the "
-    "trainer and bias every importance ratio. Remove the key; rollout.temperature is the only one"
+    f"rollout.{key}": "training samples from the policy's own distribution: top-p, top-k, min-p and penalties "
+    "would hide tokens from the trainer and bias every importance ratio. Remove the key; rollout.temperature is the "
+    "only one"
     for key in ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 }
 
@@ -42,7 +44,8 @@ class Lora:
 
 @dataclass(frozen=True, config=STRICT)
 class Gguf:
-    """Weights from a GGUF file: a path, or a name looked up in ./.models and then in the folder of an installed package."""
+    """Weights from a GGUF file: a path, or a name looked up in ./.models and then in the folder of an installed
+    package."""
 
     file: str
     package: str | None = None
@@ -77,7 +80,8 @@ class Model:
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
-    """Where rows come from and how they become prompts. `sft.data`, `grpo.data` and `evaluate.sets.NAME` say only what differs."""
+    """Where rows come from and how they become prompts. `sft.data`, `grpo.data` and `evaluate.sets.NAME` say only
+    what differs."""
 
     path: str | None = None  # a JSONL, CSV or Parquet file, or a folder that has the split as one; comes before `name`
     name: str | None = None  # a hub dataset, or reasoning_gym/TASK
@@ -91,7 +95,9 @@ class Data:
     prompt: str = "{question}"  # columns in braces
     completion: str | None = None  # SFT target; none: the answer
     answer: str = "{answer}"
-    answer_pattern: str | None = None  # regular expression whose first group is the answer, or `boxed`: the last \boxed{}
+    answer_pattern: str | None = (
+        None  # regular expression whose first group is the answer, or `boxed`: the last \boxed{}
+    )
     answer_kind: Literal["number", "latex", "choice", "text"] = "number"
     strip_calculator_marks: bool = True  # GSM8K's <<48/2=24>>
     system: str | None = None
@@ -105,7 +111,8 @@ class Data:
 
 @dataclass(frozen=True, config=STRICT)
 class RewardPart:
-    """One named reward. `fn` is file.py:function, module:function or a name of reasoner.rewards; other keys go to the function."""
+    """One named reward. `fn` is file.py:function, module:function or a name of reasoner.rewards; other keys go to the
+    function."""
 
     fn: str
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
@@ -126,7 +133,9 @@ class Optim:
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     decay: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: PositiveFloat = 0.5
-    optimizer: Node = field(default_factory=lambda: {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.99], "weight_decay": 0.0})
+    optimizer: Node = field(
+        default_factory=lambda: {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.99], "weight_decay": 0.0}
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -215,7 +224,8 @@ SECTIONS_LIKE_DATA = ("sft.data", "grpo.data", "evaluate.sets")
 
 
 def validate(values: Mapping[str, Any]) -> Config:
-    """A checked Config from a plain mapping. Raises ConfigError that names the key, its value, the rule and the nearest right key."""
+    """A checked Config from a plain mapping. Raises ConfigError that names the key, its value, the rule and the
+    nearest right key."""
     try:
         config = TypeAdapter(Config).validate_python(dict(values))
     except ValidationError as error:
@@ -226,7 +236,9 @@ def validate(values: Mapping[str, Any]) -> Config:
         raise ConfigError("reward.parts is empty: name a reward, e.g. reward=my_reward.py:score or reward=math")
     part = config.evaluate.accuracy
     if part is not None and part not in config.reward.parts:
-        raise ConfigError(f"evaluate.accuracy={part}: there is no such reward part{nearest(part, list(config.reward.parts))}")
+        raise ConfigError(
+            f"evaluate.accuracy={part}: there is no such reward part{nearest(part, list(config.reward.parts))}"
+        )
     return config
 
 
@@ -289,7 +301,9 @@ def build(node: Mapping[str, Any], **extra: Any) -> Any:
 
     target = str(node.get("_target_", ""))
     if not target:
-        raise ConfigError(f"the node {dict(node)} has no _target_: name a class or function, e.g. _target_: reasoner.grpo.losses.Dapo")
+        raise ConfigError(
+            f"the node {dict(node)} has no _target_: name a class or function, e.g. _target_: reasoner.grpo.losses.Dapo"
+        )
     try:
         found = hydra.utils.get_object(target)
     except Exception as error:  # hydra imports the module here: whatever it raises is the user's target being wrong
@@ -301,7 +315,9 @@ def build(node: Mapping[str, Any], **extra: Any) -> Any:
     try:
         return hydra.utils.instantiate({**node, **partial}, **extra)
     except InstantiationException as error:
-        raise ConfigError(f"_target_: {target} refuses its values: {error.__cause__ or error}".splitlines()[0]) from error
+        raise ConfigError(
+            f"_target_: {target} refuses its values: {error.__cause__ or error}".splitlines()[0]
+        ) from error
 
 
 EXTRAS = {"bitsandbytes": "gpu", "vllm": "gpu", "triton": "gpu", "reasoning_gym": "gym", "wandb": "wandb"}

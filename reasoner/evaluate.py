@@ -1,4 +1,5 @@
-"""Held-out accuracy, the same way for every row of a run: greedy with its interval, sampled, pass@k, length; and paired gains between rows.
+"""Held-out accuracy, the same way for every row of a run: greedy with its interval, sampled, pass@k, length; and
+paired gains between rows.
 
 One code path serves base, sft, grpo and the exported artefact, so that rows differ by the weights alone.
 """
@@ -20,7 +21,8 @@ PASS_AT = 8
 
 @dataclass(frozen=True, slots=True)
 class ProblemResult:
-    """One problem of one row, as `eval_problems.jsonl` keeps it: greedy verdict and how many of `samples` at `temperature` were right."""
+    """One problem of one row, as `eval_problems.jsonl` keeps it: greedy verdict and how many of `samples` at
+    `temperature` were right."""
 
     id: str
     right: bool
@@ -110,7 +112,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def paired_gain(before: Sequence[ProblemResult], after: Sequence[ProblemResult]) -> Gain:
-    """Mean and 95% interval of the difference on each problem; pairing leaves out what makes problems hard or easy for both."""
+    """Mean and 95% interval of the difference on each problem; pairing leaves out what makes problems hard or easy
+    for both."""
     verdicts = {problem.id: problem.right for problem in before}
     differences = [float(p.right) - float(verdicts[p.id]) for p in after if p.id in verdicts]
     n = len(differences)
@@ -123,19 +126,22 @@ def paired_gain(before: Sequence[ProblemResult], after: Sequence[ProblemResult])
 class Evaluator:
     """Answers held-out sets with an engine and judges them with one part of the rewards."""
 
-    def __init__(self, config: Config, rewards: Rewards, stop_ids: tuple[int, ...], check_signal: Callable[[], None]):
+    def __init__(self, config: Config, rewards: Rewards, stop_ids: tuple[int, ...]):
         self.config = config
         self.rewards = rewards
         self.stop_ids = stop_ids
-        self.check_signal = check_signal
         self.part = accuracy_part(config)
 
     def run(
         self, engine: Engine, sets: Mapping[str, Sequence[Prompt]], *, policy_step: int, progress: Callable[[str], None]
     ) -> dict[str, SetResult]:
-        """The result of every set. Each rank answers its share of the problems; all get the whole result."""
+        """The result of every set. Each rank answers its share of the problems; all get the whole result.
+
+        `progress` is called with how far it is after every piece; what it raises ends the evaluation.
+        """
         results = {}
-        for name, prompts in sets.items():
+        for name, all_prompts in sets.items():
+            prompts = all_prompts[: self.config.evaluate.problems]
             mine = prompts[world.rank() :: world.size()]
             found = self._answer(engine, mine, policy_step, lambda done, name=name: progress(f"{name} {done}"))
             by_id = {problem.id: problem for share in world.gather_over_ranks(found) for problem in share}
@@ -149,29 +155,28 @@ class Evaluator:
         width = max(1, self.config.rollout.max_sequences // max(1, samples))
         results: list[ProblemResult] = []
         for start in range(0, len(prompts), width):
-            self.check_signal()
             piece = prompts[start : start + width]
-            greedy = [one for (one,) in self._generate(engine, piece, 0.0, 1, start, policy_step)]
+            greedy = [one for (one,) in self._generate(engine, piece, 0.0, 1, policy_step)]
             drawn: list[list[Completion]] = [[] for _ in piece]
             if samples:
-                drawn = self._generate(engine, piece, self.config.evaluate.temperature, samples, start, policy_step)
+                drawn = self._generate(engine, piece, self.config.evaluate.temperature, samples, policy_step)
             results += self._judge(piece, greedy, drawn)
             progress(f"{len(results)}/{len(prompts)}")
         return results
 
     def _generate(
-        self, engine: Engine, prompts: Sequence[Prompt], temperature: float, num: int, start: int, policy_step: int
+        self, engine: Engine, prompts: Sequence[Prompt], temperature: float, num: int, policy_step: int
     ) -> list[list[Completion]]:
         limit = self.config.evaluate.max_completion_tokens or self.config.grpo.max_completion_tokens
-        seed = self.config.seed + 1_000_003 * (start + 1)  # apart from the seeds of training, and from the other pieces'
-        return engine.generate(prompts, Sampling(temperature, limit, num, self.stop_ids, seed), policy_step=policy_step)
+        sampling = Sampling(temperature, limit, num, self.stop_ids, self.config.seed)
+        return engine.generate(prompts, sampling, policy_step=policy_step)
 
     def _judge(
         self, prompts: Sequence[Prompt], greedy: Sequence[Completion], drawn: Sequence[Sequence[Completion]]
     ) -> list[ProblemResult]:
         pairs = list(zip(prompts, greedy, strict=True))
         pairs += [(p, c) for p, several in zip(prompts, drawn, strict=True) for c in several]
-        scores = self.rewards.score([p for p, _ in pairs], [c for _, c in pairs], parts=(self.part,))
+        scores = self.rewards.score([p for p, _ in pairs], [c for _, c in pairs], only=self.part)
         right = [score.parts.get(self.part) == 1.0 for score in scores]
         results, at = [], len(prompts)
         for i, (prompt, completion) in enumerate(zip(prompts, greedy, strict=True)):
@@ -186,7 +191,8 @@ class Evaluator:
 
 
 def accuracy_part(config: Config) -> str:
-    """The reward part that says right (1) or wrong: evaluate.accuracy, else the one named `accuracy`, else the first."""
+    """The reward part that says right (1) or wrong: evaluate.accuracy, else the one named `accuracy`, else the
+    first."""
     names = list(config.reward.parts)
     if config.evaluate.accuracy is not None:
         return config.evaluate.accuracy

@@ -1,6 +1,8 @@
-"""The records every stage passes on: plain frozen Python, no torch. A stage takes a record and makes a new one; no field waits to be filled later.
+"""The records every stage passes on: plain frozen Python, no torch. A stage takes a record and makes a new one; no
+field waits to be filled later.
 
-One index rule holds everywhere: index t speaks of token t, so `sampling_logprobs[t]` is log p(token t | the tokens before t).
+One index rule holds everywhere: index t speaks of token t, so `sampling_logprobs[t]` is log p(token t | the tokens
+before t).
 """
 
 from collections.abc import Mapping
@@ -17,8 +19,10 @@ class Prompt:
 
     >>> Prompt(id="train:17", text="2+2=", answer="4", columns={"level": "easy"}, token_ids=(5, 3, 5, 9))
 
-    `messages` holds the chat turns where the prompt went through a chat template, and is empty for a plain one; `text` is the rendered
-    prompt in both cases. `columns` has every column of the row by its own name. `prefill` is what the template wrote of the answer's
+    `messages` holds the chat turns where the prompt went through a chat template, and is empty for a plain one;
+    `text` is the rendered
+    prompt in both cases. `columns` has every column of the row by its own name. `prefill` is what the template wrote
+    of the answer's
     beginning (`<think>\\n`): rewards see prefill + completion.
     """
 
@@ -47,10 +51,12 @@ class Example:
 class Completion:
     """What the engine sampled after a prompt; the engine's ids are the only truth, text is for rewards.
 
-    >>> Completion(token_ids=(6, 1), sampled=(True, True), sampling_logprobs=(-0.2, -0.01), text="4", finish_reason="stop",
+    >>> Completion(token_ids=(6, 1), sampled=(True, True), sampling_logprobs=(-0.2, -0.01), text="4",
+    finish_reason="stop",
     ...            policy_step_min=3, policy_step_max=3)
 
-    `sampled` is False on tokens that a tool or environment wrote; `sampling_logprobs` is 0.0 there and elsewhere the logprob under the
+    `sampled` is False on tokens that a tool or environment wrote; `sampling_logprobs` is 0.0 there and elsewhere the
+    logprob under the
     distribution really sampled from. `text` decodes the ids with special tokens kept and the final stop id left out.
     """
 
@@ -65,7 +71,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What the rewards said of one completion. A part that does not apply is absent; a part that failed is in `failures`, never a 0.
+    """What the rewards said of one completion. A part that does not apply is absent; a part that failed is in
+    `failures`, never a 0.
 
     >>> Score(total=1.1, parts={"accuracy": 1.0, "format": 0.5})            # total = sum of weight x part
     >>> Score(total=0.0, parts={}, failures={"accuracy": "timed out after 5 s"})
@@ -85,7 +92,8 @@ class Score:
 class Group:
     """The completions of one prompt with their scores, in the same order.
 
-    >>> Group(prompt=prompt, completions=(right, wrong), scores=(Score(1.0, {"accuracy": 1.0}), Score(0.0, {"accuracy": 0.0})))
+    >>> Group(prompt=prompt, completions=(right, wrong), scores=(Score(1.0, {"accuracy": 1.0}), Score(0.0,
+    {"accuracy": 0.0})))
     """
 
     prompt: Prompt

@@ -1,6 +1,7 @@
 """The one update loop, for SFT and GRPO alike: cut by token budget, accumulate, divide once, clip, step.
 
-It leaves out what a batch means: a batch is packed sequences with the counts of the whole step, a loss is a function of a piece of it. No trainer
+It leaves out what a batch means: a batch is packed sequences with the counts of the whole step, a loss is a function
+of a piece of it. No trainer
 has a backward of its own, so splitting a batch, running out of memory, or adding ranks can't change a gradient.
 """
 
@@ -25,7 +26,8 @@ MAX_SKIPPED = 3  # non-finite steps in a row
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """What a whole step trains, over all ranks, counted from whole sequences at collate and never from a micro-batch."""
+    """What a whole step trains, over all ranks, counted from whole sequences at collate and never from a
+    micro-batch."""
 
     tokens: int  # trained tokens
     sequences: int  # completions with at least one trained token
@@ -33,7 +35,8 @@ class StepCounts:
     constant: float  # sequences x the longest completion allowed, in tokens
 
     def of(self, normalizer: Normalizer) -> float:
-        """The number that a sum with this normalizer is divided by; at least 1, so that an empty step divides nothing by zero."""
+        """The number that a sum with this normalizer is divided by; at least 1, so that an empty step divides nothing
+        by zero."""
         return max(float(getattr(self, normalizer)), 1.0)
 
 
@@ -41,7 +44,8 @@ class StepCounts:
 class LossOutput:
     """A loss over some sequences: a differentiable scalar sum, what the step divides it by, and metrics.
 
-    `metrics` hold detached scalars: a name ending in `_max` is combined by max, every other is a sum over trained tokens.
+    `metrics` hold detached scalars: a name ending in `_max` is combined by max, every other is a sum over trained
+    tokens.
     """
 
     sum: Tensor
@@ -77,7 +81,8 @@ class UpdateResult:
 
 
 def learning_rate(optim: Optim, step: int, num_steps: int) -> float:
-    """The rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then constant, linear or cosine decay to 0 at num_steps."""
+    """The rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then constant, linear or cosine decay to 0 at
+    num_steps."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / (optim.warmup_steps + 1)
     if optim.decay == "constant":
@@ -106,16 +111,34 @@ class Updater:
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.say = say
         self.save_bad_batches_to = save_bad_batches_to
-        self.optimizer: torch.optim.Optimizer = build(optim.optimizer, params=list(self.parameters.values()), lr=optim.lr)
+        self.optimizer: torch.optim.Optimizer = build(
+            optim.optimizer, params=list(self.parameters.values()), lr=optim.lr
+        )
         self.step_index = 0
         self.num_skipped = 0
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps beside the optimizer's own state."""
+        return {
+            "step_index": self.step_index,
+            "num_skipped": self.num_skipped,
+            "tokens_per_micro_batch": self.tokens_per_micro_batch,
+        }
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on where `state()` was taken; after running out of memory the smaller token budget stays."""
+        self.step_index, self.num_skipped = state["step_index"], state["num_skipped"]
+        self.tokens_per_micro_batch = min(self.tokens_per_micro_batch, state["tokens_per_micro_batch"])
 
     def run(self, batch: Any, loss: Callable[[Any], LossOutput]) -> UpdateResult:
         """One optimizer step of `loss` over the whole `batch`.
 
-        `loss` is called for each micro-batch; its sum is divided by the whole step's count, so the gradient does not depend on the cut. Out of
-        memory: the gradients are zeroed, the token budget halved and the whole step redone. A step without a sequence, or with a non-finite
-        gradient, moves no weight. Raises GuardTripped after three non-finite steps in a row, OutOfMemory when one sequence alone is too much.
+        `loss` is called for each micro-batch; its sum is divided by the whole step's count, so the gradient does not
+        depend on the cut. Out of
+        memory: the gradients are zeroed, the token budget halved and the whole step redone. A step without a
+        sequence, or with a non-finite
+        gradient, moves no weight. Raises GuardTripped after three non-finite steps in a row, OutOfMemory when one
+        sequence alone is too much.
         """
         metrics = self._accumulate(batch, loss)
         lr = learning_rate(self.optim, self.step_index, self.num_steps)
@@ -148,8 +171,8 @@ class Updater:
                 longest = max(piece.token_ids.numel() for piece in batch.split(1))
                 if self.tokens_per_micro_batch <= longest:
                     raise OutOfMemory(
-                        f"out of memory with a single sequence of {longest} tokens: lower grpo.max_completion_tokens or data.max_prompt_tokens, "
-                        "or set model.gradient_checkpointing=true"
+                        f"out of memory with a single sequence of {longest} tokens: lower grpo.max_completion_tokens "
+                        "or data.max_prompt_tokens, or set model.gradient_checkpointing=true"
                     ) from error
                 self.tokens_per_micro_batch = max(longest, self.tokens_per_micro_batch // 2)
             if torch.cuda.is_available():
@@ -190,7 +213,8 @@ class Updater:
         self.say(f"gradient norm {norm}: the step is skipped, its batch is in {path}")
         if self.num_skipped >= MAX_SKIPPED:
             raise GuardTripped(
-                f"{MAX_SKIPPED} steps in a row had a gradient that is not finite: lower the stage's optim.lr; the batches are in {path.parent}"
+                f"{MAX_SKIPPED} steps in a row had a gradient that is not finite: lower the stage's optim.lr; the "
+                f"batches are in {path.parent}"
             )
 
 

@@ -9,6 +9,7 @@ formula.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Any, Self
 
@@ -129,8 +130,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_s
 
     left = -1 if scores.window is None else scores.window - 1
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    grouped = query.shape[1] != key.shape[1]
-    attended = varlen_attn(query, key, value, *lengths, scale=scores.scale, window_size=(left, 0), enable_gqa=grouped)
+    # torch 2.11 lets heads share a key without being told; later ones want to be.
+    told = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    attended = varlen_attn(query, key, value, *lengths, scale=scores.scale, window_size=(left, 0), **told)
     assert isinstance(attended, Tensor)
     return attended
 

@@ -1,0 +1,165 @@
+"""Everything a run needs, made in order of cost: checks that load nothing, then data, then rewards, then the model.
+
+So whatever the user handed in wrong is said in seconds, before gigabytes are read.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reasoner.config import Config
+from reasoner.console import Console
+from reasoner.data.task import Task, load_task
+from reasoner.errors import ConfigError, ModelError
+from reasoner.evaluate import Evaluator, accuracy_part
+from reasoner.models.loading import load_model, load_tokenizer
+from reasoner.models.policy import Policy
+from reasoner.models.sources import check_model, context_limit
+from reasoner.models.stops import stop_ids
+from reasoner.models.untrained import untrained_tokens
+from reasoner.rewards.base import Rewards, load_rewards
+from reasoner.rewards.rehearsal import rehearse
+from reasoner.rollout.engine import Engine, make_engine
+from reasoner.types import Completion, Prompt
+
+REHEARSED = 8  # prompts whose gold completions are scored before the model loads
+GOLD_FORMS = ("{answer}", "#### {answer}", "\\boxed{{{answer}}}", "<answer>{answer}</answer>")
+NO_CONTEXT_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """The parts of one run."""
+
+    config: Config
+    tokenizer: Any
+    task: Task
+    rewards: Rewards
+    policy: Policy
+    engine: Engine
+    stop_ids: tuple[int, ...]
+    max_context: int  # tokens
+    evaluator: Evaluator
+
+
+def check_before_loading(config: Config) -> None:
+    """Refuse what this machine or model can't do, all of it in one error, each with the override that helps."""
+    refused: list[str] = []
+    try:
+        check_model(config.model)
+    except ModelError as error:
+        refused.append(str(error))
+    refused += [
+        f"{stage}.optim uses bitsandbytes' 8-bit states, which need a CUDA GPU: optim@{stage}.optim=adamw"
+        for stage in ("sft", "grpo")
+        if stage in config.stages and not _optimizer_runs_here(getattr(config, stage).optim.optimizer)
+    ]
+    if refused:
+        raise ConfigError("; ".join(refused))
+    limit = context_limit(config.model)
+    longest = config.data.max_prompt_tokens + config.grpo.max_completion_tokens
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} and grpo.max_completion_tokens="
+            f"{config.grpo.max_completion_tokens} together exceed the model's context of {limit} tokens: lower one"
+        )
+
+
+def _optimizer_runs_here(optimizer: Mapping[str, Any]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() or not str(optimizer.get("_target_", "")).startswith("bitsandbytes")
+
+
+def assemble(
+    config: Config,
+    *,
+    base_dir: Path,
+    functions: Mapping[str, Callable[..., Any]],
+    rows: Iterable[Mapping[str, Any]] | None,
+    console: Console,
+) -> Parts:
+    """All parts of a run, with a line said about each. Raises the InputError of whatever is wrong first."""
+    check_before_loading(config)
+    tokenizer = load_tokenizer(config.model)
+    task = load_task(config, tokenizer, rows)
+    for line in task.lines():
+        console.say(line)
+    prompts = _all_prompts(task)
+    columns = set(prompts[0].columns).intersection(*(prompt.columns for prompt in prompts))
+    rewards = load_rewards(config.reward, functions=functions, base_dir=base_dir, columns=columns)
+    try:
+        _rehearse(config, rewards, task, console)
+        policy = load_model(config.model, tokenizer, seed=config.seed)
+    except BaseException:
+        rewards.close()
+        raise
+    console.say(_described(config, policy))
+    for note in policy.notes:
+        console.say(f"note: {note}")
+    stops = stop_ids(tokenizer, task.template, policy.model)
+    untrained = untrained_tokens(policy, stops)
+    if untrained and not config.model.scratch:
+        console.say(
+            f"warning: {config.model.name} never learned the stop tokens "
+            f"{tokenizer.convert_ids_to_tokens(untrained)}, so completions may run to the limit: set data.template=plain, or train all weights with model.lora=null"
+        )
+    limit = context_limit(config.model) or NO_CONTEXT_LIMIT
+    engine, chosen = make_engine(config.rollout, policy, task.template.decode, max_context=limit)
+    console.say(chosen)
+    evaluator = Evaluator(config, rewards, stops)
+    return Parts(config, tokenizer, task, rewards, policy, engine, stops, limit, evaluator)
+
+
+def _closed(prefill: str) -> str:
+    """What ends a thought that the template opened, so that an answer can follow."""
+    return "</think>\n" if prefill.rstrip().endswith("<think>") else ""
+
+
+def _described(config: Config, policy: Policy) -> str:
+    total = sum(weight.numel() for weight in policy.model.parameters())
+    trained = sum(weight.numel() for weight in policy.trainable().values())
+    revision = f" at {policy.revision}" if policy.revision else ""
+    dtype = str(policy.head_weight.dtype).removeprefix("torch.")
+    return (
+        f"model {config.model.name}{revision}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M of them trained, "
+        f"{dtype} on {policy.device}"
+    )
+
+
+def _all_prompts(task: Task) -> list[Prompt]:
+    return [
+        *task.prompts,
+        *(example.prompt for example in task.examples),
+        *(prompt for prompts in task.sets.values() for prompt in prompts),
+    ]
+
+
+def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) -> None:
+    """Score gold and bad completions. Only a part that is named as the accuracy must give gold full marks."""
+    part = accuracy_part(config)
+    golds = _golds(rewards, task, part)
+    strict = part if part == "accuracy" or config.evaluate.accuracy else None
+    for line in rehearse(rewards, golds, accuracy=strict):
+        console.say(f"warning: {line}")
+
+
+def _golds(rewards: Rewards, task: Task, part: str) -> list[tuple[Prompt, str]]:
+    """Prompts with the text of a right completion: the worked one where rows have one, else the answer in the form
+    that earns most."""
+    if task.examples:
+        return [
+            (example.prompt, task.template.decode(example.completion_ids[:-1])) for example in task.examples[:REHEARSED]
+        ]
+    prompts = _all_prompts(task)[:REHEARSED]
+
+    def told(form: str) -> list[tuple[Prompt, str]]:
+        return [(prompt, _closed(prompt.prefill) + form.format(answer=prompt.answer)) for prompt in prompts]
+
+    def earned(golds: Sequence[tuple[Prompt, str]]) -> float:
+        completions = [Completion((0,), (True,), (0.0,), text, "stop", 0, 0) for _, text in golds]
+        scores = rewards.score([prompt for prompt, _ in golds], completions, only=part)
+        return sum(score.parts.get(part, 0.0) for score in scores)
+
+    return max((told(form) for form in GOLD_FORMS), key=earned)

@@ -1,0 +1,159 @@
+"""From a checked config to a finished run: the folder, the checkpoint to go on from, the parts, the stages, and how
+it ended.
+
+`train` is the same from Python. Left out: the HTML report.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reasoner import checkpoint, signals, world
+from reasoner.assembly import assemble
+from reasoner.compose import compose_conf, source_of
+from reasoner.config import Config, validate
+from reasoner.console import Console
+from reasoner.errors import GuardTripped, Interrupted, ReasonerError
+from reasoner.evaluate import Gain
+from reasoner.results import Results
+from reasoner.resume import check_resume
+from reasoner.run import Run, Saved
+from reasoner.run_folder import CONFIG, EVAL_PROBLEMS, RunFolder, read_rows
+from reasoner.summary import summary
+from reasoner.tracking.base import make_trackers
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a finished run leaves: its folder, the rows of eval.json, and the gains between them as `Results.gains`
+    gives them."""
+
+    out: Path
+    rows: tuple[Mapping[str, Any], ...]
+    gains: Mapping[tuple[str, str, str], Gain]
+
+
+def train(
+    conf: str,
+    *,
+    overrides: Sequence[str] = (),
+    reward: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
+    data: Iterable[Mapping[str, Any]] | None = None,
+) -> RunResult:
+    """Run `conf` (a name or a .yaml file) with overrides as on the command line.
+
+    `reward` is a function, or several by name, in place of the conf's own; `data` is an iterable of rows in place of
+    `data.path` and
+    `data.name`. Raises ReasonerError: InputError, GuardTripped or Interrupted.
+    """
+    composed = compose_conf(conf, overrides)
+    values = dict(composed.values)
+    functions: dict[str, Callable[..., Any]] = {}
+    if reward is not None:
+        functions = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+        values["reward"] = {**values["reward"], "parts": {name: {"fn": name} for name in functions}}
+    pipeline = Pipeline(
+        validate(values), base_dir=composed.folder, sources=composed.sources, functions=functions, rows=data
+    )
+    return pipeline.run()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pipeline:
+    """A run to be made: a checked config, where it came from, and what Python handed in."""
+
+    config: Config
+    base_dir: Path
+    sources: Mapping[str, str] = field(default_factory=dict)
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    rows: Iterable[Mapping[str, Any]] | None = None
+
+    def run(self) -> RunResult:
+        """Go through the stages. A ReasonerError is passed on, after summary.json says how the run ended."""
+        began = time.monotonic()
+        world.start()
+        try:
+            source = Path(self.config.resume.dir) if self.config.resume.dir else None
+            saved = Saved(*checkpoint.load(checkpoint.newest(source))) if source else None
+            with (
+                signals.handled(),
+                RunFolder.open(Path(self.config.out), resume=source) as folder,
+                Console() as console,
+            ):
+                facts: dict[str, Any] = {"stages": [], "model_revision": None, "seed": self.config.seed}
+                try:
+                    return self._run(folder, console, saved, facts, began)
+                except ReasonerError as error:
+                    folder.write_summary(summary(ending(error), facts, time.monotonic() - began))
+                    raise
+        finally:
+            world.stop()
+
+    def _run(
+        self, folder: RunFolder, console: Console, saved: Saved | None, facts: dict[str, Any], began: float
+    ) -> RunResult:
+        results = Results() if saved is None else self._go_on(folder, console, saved)
+        folder.write_config(yaml.safe_dump(plain(asdict(self.config)), sort_keys=False, allow_unicode=True))
+        self._say_choices(console)
+        parts = assemble(self.config, base_dir=self.base_dir, functions=self.functions, rows=self.rows, console=console)
+        facts["model_revision"] = parts.policy.revision
+        trackers = make_trackers(self.config.tracking, folder.path, config=plain(asdict(self.config)), say=console.say)
+        try:
+            Run(parts, folder, console, trackers, results, facts["stages"]).go_through(saved)
+        finally:
+            parts.engine.close()
+            parts.rewards.close()
+            for tracker in trackers:
+                tracker.close()
+        console.table(results.rows, results.sentences())
+        folder.write_summary(summary("done", facts, time.monotonic() - began))
+        console.say(f"the whole run is in {folder.path}")
+        return RunResult(folder.path, tuple(results.rows), results.gains())
+
+    def _go_on(self, folder: RunFolder, console: Console, saved: Saved) -> Results:
+        """What the run had measured by its checkpoint, once the settings are found to fit it."""
+        source = Path(str(self.config.resume.dir))
+        old = yaml.safe_load((source / CONFIG).read_text(encoding="utf-8"))
+        for line in check_resume(old, plain(asdict(self.config)), self.config.resume.allow, saved.progress):
+            console.say(f"changed: {line}")
+        folder.cut_back(saved.progress.stage_index, saved.progress.step)
+        console.say(f"going on from {saved.progress.name}")
+        problems = folder.path / EVAL_PROBLEMS
+        return Results.from_files(folder.eval_rows(), read_rows(problems) if problems.exists() else ())
+
+    def _say_choices(self, console: Console) -> None:
+        """What the row of conf/card chose, each value with its key."""
+        chosen = [
+            f"{key}={value}"
+            for key, value in leaves(asdict(self.config))
+            if source_of(key, self.sources).startswith("conf/card/")
+        ]
+        if chosen:
+            console.say(f"card: {' '.join(chosen)}")
+
+
+def ending(error: ReasonerError) -> str:
+    """The status in summary.json of a run that an error ended."""
+    if isinstance(error, Interrupted):
+        return "interrupted"
+    return "stopped by a guard" if isinstance(error, GuardTripped) else "failed"
+
+
+def plain(value: Any) -> Any:
+    """The value as YAML writes it: tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

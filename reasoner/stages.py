@@ -1,0 +1,132 @@
+"""The two training stages as the pipeline sees them: rows, steps, and what one step does with some of the rows."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from reasoner import world
+from reasoner.assembly import Parts
+from reasoner.console import Console
+from reasoner.grpo.advantages import JudgedGroup
+from reasoner.grpo.trainer import GRPOTrainer
+from reasoner.run_folder import RunFolder
+from reasoner.sft import SFTTrainer
+from reasoner.update import Updater
+
+
+class TrainingStage(Protocol):
+    """A stage that learns step by step."""
+
+    name: str
+    updater: Updater
+    num_rows: int
+    rows_per_step: int
+    num_steps: int
+
+    def step(self, indices: Sequence[int], step: int, policy_step: int) -> dict[str, float]:
+        """Learn from these rows, one update of the policy; the step's numbers, named as in `metrics.NAMES`. Steps
+        count from 1."""
+        ...
+
+
+def make_updater(parts: Parts, stage: str, console: Console, folder: RunFolder) -> Updater:
+    """A stage's updater with an optimizer of its own: GRPO does not inherit the momentum of SFT."""
+    settings = getattr(parts.config, stage)
+    return Updater(
+        parts.policy.trainable(),
+        settings.optim,
+        num_steps=settings.steps,
+        tokens_per_micro_batch=settings.tokens_per_micro_batch,
+        say=console.say,
+        save_bad_batches_to=folder.path / "bad_batches",
+    )
+
+
+class SftStage:
+    """Worked examples in seeded order."""
+
+    name = "sft"
+
+    def __init__(self, parts: Parts, stage_index: int, console: Console, folder: RunFolder):
+        self.examples = parts.task.examples
+        self.num_rows = len(self.examples)
+        self.rows_per_step = parts.config.sft.examples_per_step
+        self.num_steps = parts.config.sft.steps
+        self.updater = make_updater(parts, self.name, console, folder)
+        self.trainer = SFTTrainer(parts.policy, self.updater)
+        parts.policy.train_mode(dropout=True)
+
+    def step(self, indices: Sequence[int], step: int, policy_step: int) -> dict[str, float]:
+        """See TrainingStage."""
+        mine = indices[world.rank() :: world.size()]
+        return self.trainer.step([self.examples[i] for i in mine])
+
+
+class GrpoStage:
+    """Prompts in seeded order; every completion is kept in completions.jsonl, a group is shown every few steps."""
+
+    name = "grpo"
+
+    def __init__(self, parts: Parts, stage_index: int, console: Console, folder: RunFolder):
+        self.stage_index = stage_index
+        self.prompts = parts.task.prompts
+        self.num_rows = len(self.prompts)
+        self.settings = parts.config.grpo
+        self.rows_per_step = self.settings.prompts_per_step
+        self.num_steps = self.settings.steps
+        self.console = console
+        self.folder = folder
+        self.updater = make_updater(parts, self.name, console, folder)
+        self.trainer = make_trainer(parts, self.updater)
+        parts.policy.train_mode(dropout=False)
+        if self.settings.kl_coef > 0 and not parts.policy.has_reference:
+            parts.policy.freeze_reference()
+
+    def step(self, indices: Sequence[int], step: int, policy_step: int) -> dict[str, float]:
+        """See TrainingStage."""
+        mine = indices[world.rank() :: world.size()]
+        report = self.trainer.step([self.prompts[i] for i in mine], policy_step=policy_step)
+        at = {"stage": self.name, "stage_index": self.stage_index, "step": step, "policy_step": policy_step}
+        rows = [row for judged in report.judged for row in completion_rows(judged, at)]
+        self.folder.append_completions([row for share in world.gather_over_ranks(rows) for row in share])
+        if step % self.settings.show_every == 0:
+            self.console.samples(step, [judged.group for judged in report.judged])
+        return report.values
+
+
+def make_trainer(parts: Parts, updater: Updater) -> GRPOTrainer:
+    """The trainer of the GRPO stage."""
+    return GRPOTrainer(
+        parts.config,
+        policy=parts.policy,
+        engine=parts.engine,
+        rewards=parts.rewards,
+        updater=updater,
+        stop_ids=parts.stop_ids,
+        accuracy_part=parts.evaluator.part,
+    )
+
+
+STAGES = {"sft": SftStage, "grpo": GrpoStage}
+
+
+def completion_rows(judged: JudgedGroup, at: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of completions.jsonl of one group: what was asked, said, scored, and its row's own columns."""
+    prompt = judged.group.prompt
+    triples = zip(judged.group.completions, judged.group.scores, judged.advantages, strict=True)
+    return [
+        {
+            **at,
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "answer": prompt.answer,
+            "completion": completion.text,
+            "finish_reason": completion.finish_reason,
+            "tokens": len(completion.token_ids),
+            "reward": None if score.failed else score.total,
+            "parts": score.parts,
+            "failures": score.failures,
+            "advantage": advantage,
+            "columns": prompt.columns,
+        }
+        for completion, score, advantage in triples
+    ]
