@@ -131,7 +131,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_s
     left = -1 if scores.window is None else scores.window - 1
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     # torch 2.11 lets heads share a key without being told; later ones want to be.
-    told = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    told: dict[str, Any] = {}
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        told["enable_gqa"] = query.shape[1] != key.shape[1]
     attended = varlen_attn(query, key, value, *lengths, scale=scores.scale, window_size=(left, 0), **told)
     assert isinstance(attended, Tensor)
     return attended
