@@ -13,7 +13,7 @@ from typing import Any
 from reasoner.config import nearest
 from reasoner.errors import ConfigError, DataError
 
-Change = Callable[[Mapping[str, Any], str], dict[str, Any] | None]
+Change = Callable[[dict[str, Any], str], dict[str, Any] | None]
 
 
 def load_map(spec: str) -> Change:
@@ -31,9 +31,9 @@ def load_map(spec: str) -> Change:
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ConfigError(f"data.map={spec}: {place} has no function '{name}'{nearest(name, own)}")
 
-    def change(columns: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    def change(columns: dict[str, Any], where: str) -> dict[str, Any] | None:
         try:
-            changed = function(dict(columns))
+            changed = function(columns)
         except Exception as error:
             said = f"data.map={spec} raises {type(error).__name__}: {error}"
             raise DataError(f"{where}: {said}; the columns there are: {', '.join(map(str, columns))}") from error

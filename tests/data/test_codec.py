@@ -109,6 +109,11 @@ def test_a9_decode_keeps_special_tokens_and_spaces(making: Making, real: Making)
     codec = Codec(making(think=True))
     text = "<think>a , b</think> 4 .<|im_end|>"
     assert codec.decode(codec.encode(text)) == text
+    eager = making()  # tidies spaces away unless it is told not to
+    eager.clean_up_tokenization_spaces = True
+    eager.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    assert eager.decode(eager.encode("Yes , 4 .")) == "Yes, 4."
+    assert Codec(eager).decode(eager.encode("Yes , 4 .")) == "Yes , 4 ."
     phi = Codec(real("tokenizers/phi-1.5"))  # its tokenizer_config asks to tidy spaces away
     assert phi.decode(phi.encode("Yes , it 's 4 .")) == "Yes , it 's 4 ."
 

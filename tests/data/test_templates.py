@@ -281,6 +281,15 @@ def test_a_prefill_without_tags_is_found_too(tokenizer: Any, tmp_path: Path) -> 
     assert after_prefill(template.prefill, "Let me think: 4") == "4"
 
 
+def test_a5_an_empty_thought_before_the_last_answer_hides_no_prefill(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ '[T][/T]' if m.role == 'assistant' and loop.last }}{{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant][T]{% endif %}"
+    )
+    assert make_template(tokenizer, Data(template=str(path))).prefill == "[T]"
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
