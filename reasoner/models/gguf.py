@@ -1,5 +1,4 @@
-"""GGUF files: finding one, reading what it says of itself, and making its tokenizer. The weights are transformers' part
-(loading.py).
+"""GGUF files: finding one, reading what it says of itself, and making its tokenizer. Weights are left to weights.py.
 
 The header is read here, in milliseconds, because transformers' own conversion takes seconds and drops
 `tokenizer.ggml.pre`, the rule that cuts text before the merges: SmolLM2 then joins a space with a digit, and 83 of
@@ -36,8 +35,7 @@ PRE_TOKENIZERS = ("gpt-2", "smollm", "qwen2", "llama-bpe")
 
 
 def find(gguf: Gguf) -> Path:
-    """The file: the path as given, else in ./.models, else in the folder of the installed package, which is not
-    imported.
+    """The path as given, else in ./.models, else in the folder of the installed package, which is not imported.
 
     Raises ModelError that says where it looked and how to get the file.
     """

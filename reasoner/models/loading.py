@@ -61,8 +61,7 @@ def _read_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
 def load_model(
     model: config.Model, tokenizer: PreTrainedTokenizerBase, *, seed: int, device: torch.device | str | None = None
 ) -> Policy:
-    """The policy, in eval mode, on `device` (none: CUDA where there is one), with a new adapter where model.lora is
-    set.
+    """The policy, in eval mode, on `device` (none: CUDA where there is one); with model.lora, a new adapter on it.
 
     `seed` draws a scratch model's weights and the adapter's A; the process's own random state is not touched. Raises
     ModelError if the model can't be found, read or trained as asked.

@@ -147,8 +147,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the policy is what it was at freeze_reference, without gradients. The weights come back whatever
-        happens inside."""
+        """Inside, the policy is what it was at freeze_reference, without gradients; the weights come back in any case."""
         assert self._reference is not None, "freeze_reference comes first"
         weights, frozen = self.trainable(), self._reference
         current = {name: weight.data for name, weight in weights.items()}
@@ -162,8 +161,7 @@ class Policy:
                 weight.data = current[name]
 
     def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint needs of this object: weights that learn, and `reference.NAME` once frozen. No
-        copies."""
+        """What a checkpoint needs: the weights that learn, and `reference.NAME` once frozen. These are no copies."""
         frozen = {REFERENCE + name: tensor for name, tensor in (self._reference or {}).items()}
         return {name: weight.detach() for name, weight in self.trainable().items()} | frozen
 
@@ -183,8 +181,7 @@ class Policy:
         } or None
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...] = ()) -> None:
-        """The adapter in PEFT's layout or the model as a transformers folder, with tokenizer, template and
-        generation_config.
+        """The adapter in PEFT's layout, or the model as a transformers folder; tokenizer and stop ids with it.
 
         Safetensors and JSON only. `stop_ids` become generation_config's eos_token_id, so that others stop where we do.
         """

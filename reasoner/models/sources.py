@@ -38,8 +38,7 @@ class Source:
 
 
 def check_model(model: config.Model) -> None:
-    """Nothing, if this model can be trained here as asked. Raises ModelError with the key to change; loads no
-    weights."""
+    """Nothing, if this model can be trained as asked; else ModelError with the key to change. Loads no weights."""
     if model.quantize == "nf4":
         raise ModelError("model.quantize=nf4 needs a CUDA GPU and is not in this version: set model.quantize=none")
     if model.gguf and model.scratch:
@@ -85,8 +84,7 @@ def _positions(hf_config: PretrainedConfig) -> int | None:
 
 
 def read_config(model: config.Model) -> PretrainedConfig:
-    """The config of the text model, as a copy of its own (a GGUF's is read with its weights). Raises ModelError as
-    `locate` does."""
+    """The text model's config, of any source but GGUF. Raises ModelError as `locate` does."""
     if model.scratch:
         return scratch.make_config(model.scratch, model.max_context)
     source = locate(model)

@@ -13,8 +13,7 @@ from reasoner.data.templates import Template
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, template: Template, model: Any) -> tuple[int, ...]:
-    """The tokenizer's eos, the model's config's and generation_config's, and the id that closes the template's turn;
-    sorted.
+    """The eos of tokenizer, config and generation_config, and the id that closes the template's turn; sorted.
 
     `model` is a transformers model or a PeftModel around one.
     """
