@@ -70,7 +70,7 @@ class Model:
     gguf: Gguf | None = None
     scratch: Scratch | None = None
     quantize: Literal["none", "nf4"] = "none"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 for a frozen base on CUDA, else float32
     lora: Lora | None = None  # none: every weight is trained
     max_context: PositiveInt | None = None  # tokens; none: what the model was made for
     eos_token: str | None = None  # where the tokenizer's own is wrong

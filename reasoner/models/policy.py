@@ -147,7 +147,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the policy is what it was at freeze_reference, without gradients; the weights come back in any case."""
+        """Inside, the policy is what it was at freeze_reference, without gradients; the weights then come back."""
         assert self._reference is not None, "freeze_reference comes first"
         weights, frozen = self.trainable(), self._reference
         current = {name: weight.data for name, weight in weights.items()}
