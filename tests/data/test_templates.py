@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from reasoner.config import Data
 from reasoner.data.templates import Template, after_prefill, make_template
 from reasoner.errors import ConfigError, DataError, ModelError
+from reasoner.rewards.format import think_format
 
 Making = Callable[..., Any]
 FOLDER = Path(__file__).parents[2] / "../shared/data/chat_templates"
@@ -103,6 +104,12 @@ def test_a5_prefill_is_what_the_template_writes_of_the_answer(any_family: Any, f
     assert template.prefill == PREFILLS.get(family.removesuffix("_training"), "")
     assert template.prompt(QUESTION).prefill == template.prefill
     assert template.prompt(QUESTION).text.endswith(template.prefill)
+
+
+def test_a5_a_thought_that_the_template_opened_earns_the_format_reward(any_family: Any) -> None:
+    prefill = of_family(any_family, "qwen3_5_think").prefill
+    completion = "a</think>\n\\boxed{4}"
+    assert (think_format(prefill + completion), think_format(completion)) == (1.0, 0.0)
 
 
 def test_a10_the_id_that_ends_a_turn(any_family: Any, family: str) -> None:
