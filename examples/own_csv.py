@@ -26,6 +26,7 @@ if __name__ == "__main__":
             "data.prompt='{left} + {right}='",
             "data.answer='{total}'",
             "data.heldout=200",
+            "sft.data={map: null, completion: null}",
             "out=outputs/example-csv",
             *sys.argv[1:],
         ],

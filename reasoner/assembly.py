@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reasoner.config import Config
 from reasoner.console import Console
 from reasoner.data.task import Task, load_task
@@ -67,8 +69,6 @@ def check_before_loading(config: Config) -> None:
 
 
 def _optimizer_runs_here(optimizer: Mapping[str, Any]) -> bool:
-    import torch
-
     return torch.cuda.is_available() or not str(optimizer.get("_target_", "")).startswith("bitsandbytes")
 
 
@@ -82,6 +82,8 @@ def assemble(
 ) -> Parts:
     """All parts of a run, with a line said about each. Raises the InputError of whatever is wrong first."""
     check_before_loading(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model)
     task = load_task(config, tokenizer, rows)
     for line in task.lines():
@@ -103,7 +105,8 @@ def assemble(
     if untrained and not config.model.scratch:
         console.say(
             f"warning: {config.model.name} never learned the stop tokens "
-            f"{tokenizer.convert_ids_to_tokens(untrained)}, so completions may run to the limit: set data.template=plain, or train all weights with model.lora=null"
+            f"{tokenizer.convert_ids_to_tokens(untrained)}, so completions may run to the limit: set "
+            "data.template=plain, or train all weights with model.lora=null"
         )
     limit = context_limit(config.model) or NO_CONTEXT_LIMIT
     engine, chosen = make_engine(config.rollout, policy, task.template.decode, max_context=limit)

@@ -212,6 +212,7 @@ class Config:
     reward: Reward
     grpo: Grpo
     seed: Annotated[int, Field(ge=0)] = 0
+    threads: PositiveInt | None = None  # of torch on the CPU; none: torch's own choice
     sft: Sft = field(default_factory=Sft)
     rollout: Rollout = field(default_factory=Rollout)
     evaluate: Evaluate = field(default_factory=Evaluate)

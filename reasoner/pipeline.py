@@ -6,7 +6,7 @@ it ended.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from reasoner.errors import GuardTripped, Interrupted, ReasonerError
 from reasoner.evaluate import Gain
 from reasoner.results import Results
 from reasoner.resume import check_resume
+from reasoner.rewards.base import Rewards
 from reasoner.run import Run, Saved
 from reasoner.run_folder import CONFIG, EVAL_PROBLEMS, RunFolder, read_rows
 from reasoner.summary import summary
@@ -71,6 +72,9 @@ class Pipeline:
     sources: Mapping[str, str] = field(default_factory=dict)
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     rows: Iterable[Mapping[str, Any]] | None = None
+    wrap_rewards: Callable[[Rewards], Rewards] | None = (
+        None  # for controls: what the run scores with, given its rewards
+    )
 
     def run(self) -> RunResult:
         """Go through the stages. A ReasonerError is passed on, after summary.json says how the run ended."""
@@ -100,6 +104,8 @@ class Pipeline:
         folder.write_config(yaml.safe_dump(plain(asdict(self.config)), sort_keys=False, allow_unicode=True))
         self._say_choices(console)
         parts = assemble(self.config, base_dir=self.base_dir, functions=self.functions, rows=self.rows, console=console)
+        if self.wrap_rewards:
+            parts = replace(parts, rewards=self.wrap_rewards(parts.rewards))
         facts["model_revision"] = parts.policy.revision
         trackers = make_trackers(self.config.tracking, folder.path, config=plain(asdict(self.config)), say=console.say)
         try:
