@@ -146,23 +146,31 @@ def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) ->
     strict = part if part == "accuracy" or config.evaluate.accuracy else None
     for line in rehearse(rewards, golds, accuracy=strict):
         console.say(f"warning: {line}")
+    worked = _worked(task)
+    earned = _earned(rewards, worked, part)
+    if strict and earned < len(worked):
+        console.say(
+            f"note: the first {len(worked)} worked examples of sft earn {earned:g} of {len(worked)} from the reward part "
+            f"'{part}': SFT will teach what GRPO does not reward"
+        )
 
 
 def _golds(rewards: Rewards, task: Task, part: str) -> list[tuple[Prompt, str]]:
-    """Prompts with the text of a right completion: the worked one where rows have one, else the answer in the form
-    that earns most."""
-    if task.examples:
-        return [
-            (example.prompt, task.template.decode(example.completion_ids[:-1])) for example in task.examples[:REHEARSED]
-        ]
+    """Prompts with a right completion: the answer in the form that earns most, or the worked one where that does."""
     prompts = _all_prompts(task)[:REHEARSED]
+    told = [
+        [(prompt, _closed(prompt.prefill) + form.format(answer=prompt.answer)) for prompt in prompts]
+        for form in GOLD_FORMS
+    ]
+    return max([*told, _worked(task)], key=lambda golds: _earned(rewards, golds, part))
 
-    def told(form: str) -> list[tuple[Prompt, str]]:
-        return [(prompt, _closed(prompt.prefill) + form.format(answer=prompt.answer)) for prompt in prompts]
 
-    def earned(golds: Sequence[tuple[Prompt, str]]) -> float:
-        completions = [Completion((0,), (True,), (0.0,), text, "stop", 0, 0) for _, text in golds]
-        scores = rewards.score([prompt for prompt, _ in golds], completions, only=part)
-        return sum(score.parts.get(part, 0.0) for score in scores)
+def _worked(task: Task) -> list[tuple[Prompt, str]]:
+    """The first worked examples of SFT, as prompts with the text of their completions."""
+    return [(e.prompt, task.template.decode(e.completion_ids[:-1])) for e in task.examples[:REHEARSED]]
 
-    return max((told(form) for form in GOLD_FORMS), key=earned)
+
+def _earned(rewards: Rewards, golds: Sequence[tuple[Prompt, str]], part: str) -> float:
+    completions = [Completion((0,), (True,), (0.0,), text, "stop", 0, 0) for _, text in golds]
+    scores = rewards.score([prompt for prompt, _ in golds], completions, only=part)
+    return sum(score.parts.get(part, 0.0) for score in scores)
