@@ -150,8 +150,8 @@ def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) ->
     earned = _earned(rewards, worked, part)
     if strict and earned < len(worked):
         console.say(
-            f"note: the first {len(worked)} worked examples of sft earn {earned:g} of {len(worked)} from the reward part "
-            f"'{part}': SFT will teach what GRPO does not reward"
+            f"note: {len(worked)} worked examples earn {earned:g} from the reward part '{part}': SFT will teach what "
+            "GRPO does not reward"
         )
 
 

@@ -108,6 +108,8 @@ def rewrite(override: str, groups: set[str]) -> list[str]:
         return ["~reward.parts", f"++reward.parts.{part}.fn={quoted(value)}"]
     if key == "resume":
         return [f"++resume.dir={quoted(value)}"]
+    if key.split("@")[0] in groups and value.isdigit():
+        return [f"{key}={quoted(value)}"]  # card=8 would be read as a number, which hydra takes for no choice
     if key[:1] in "+~" or key.split("@")[0] in groups or "/" in key:
         return [override]
     return [f"++{override}"]
@@ -148,7 +150,8 @@ def _anchored(value: Any, folder: Path, key: str = "") -> Any:
     if key not in FILE_KEYS or not isinstance(value, str):
         return value
     file, colon, function = value.partition(":")
-    found = next((base / file for base in (Path.cwd(), folder) if file and (base / file).is_file()), None)
+    is_there = Path.exists if key == "path" else Path.is_file  # rows may lie in a folder
+    found = next((base / file for base in (Path.cwd(), folder) if file and is_there(base / file)), None)
     return f"{found.resolve()}{colon}{function}" if found else value
 
 

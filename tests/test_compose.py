@@ -131,6 +131,7 @@ def test_rewrite_leaves_hydras_own_grammar_alone():
     groups = {"loss", "optim", "reward"}
     assert rewrite("optim@grpo.optim=adamw", groups) == ["optim@grpo.optim=adamw"]
     assert rewrite("+a.b=1", groups) == ["+a.b=1"] and rewrite("~a.b", groups) == ["~a.b"]
+    assert rewrite("card=8", {"card"}) == ["card='8'"]
     assert rewrite("reward=math", groups) == ["reward=math"]
     assert rewrite("resume=out/x", groups) == ["++resume.dir='out/x'"]
 
