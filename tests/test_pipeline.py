@@ -81,15 +81,16 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_sft_learns_and_grpo_raises_its_reward(tmp_path: Path):
-    small(tmp_path / "run", "sft.steps=30", "grpo.steps=12", "grpo.optim.lr=1e-2", "stages=[sft,grpo]", reward=longer)
+    small(tmp_path / "run", "sft.steps=30", "grpo.steps=20", "grpo.optim.lr=1e-2", "stages=[sft,grpo]", reward=unsure)
     rows = metrics(tmp_path / "run")
     sft, grpo = rows[:30], rows[30:]
     assert sft[-1]["loss"] < 0.8 * sft[0]["loss"]
-    assert sum(row["reward_mean"] for row in grpo[-3:]) > 1.5 * sum(row["reward_mean"] for row in grpo[:3])
+    first, last = (sum(row["reward_mean"] for row in rows) / 3 for rows in (grpo[:3], grpo[-3:]))
+    assert last > first + 0.2, [row["reward_mean"] for row in grpo]
 
 
-def longer(completion: str) -> float:
-    return len(completion) / 8
+def unsure(completion: str) -> float:
+    return completion.count("?") / 8
 
 
 @pytest.mark.parametrize("extra", [["grpo.kl_coef=0.1"], ["grpo.kl_coef=0.1", "grpo.kl_in=reward"], ["loss=gspo"]])
@@ -171,7 +172,7 @@ def test_what_a_user_hands_in_wrong_is_one_line(tmp_path: Path, overrides: list[
     (tmp_path / "rows.jsonl").write_text('{"problem": "1", "answer": "1"}\n')
     filled = [text.format(file=tmp_path / "rewards.py", tmp=tmp_path) for text in overrides]
     if any(text.startswith("data.path") for text in filled):
-        filled.append("data.prompt='{question}'")
+        filled += ["data.prompt='{question}'", "sft.data.map=null", "sft.data.completion=null"]
     with pytest.raises(kind) as caught:
         small(tmp_path / "run", *filled)
     assert caught.value.exit_code == 2
@@ -272,8 +273,6 @@ def test_g3_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, nu
 
 def test_g8_a_secret_in_the_environment_never_reaches_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted_secret_value")
-    small(tmp_path / "run", "stages=[sft,evaluate]", "data.system='${oc.env:HF_TOKEN}'", "data.template=plain")
+    small(tmp_path / "run", "stages=[sft,evaluate]", "model.name='${oc.env:HF_TOKEN}'")
     found = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"planted_secret" in p.read_bytes()]
-    assert (
-        not found and yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["system"] == "<redacted>"
-    )
+    assert not found and yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["name"] == "<redacted>"
