@@ -82,7 +82,7 @@ def _json_file(path: Path) -> Iterator[Located]:
 
 def _json(text: str, path: Path, first_line: int) -> Any:
     try:
-        value = json.loads(text)
+        value = json.loads(text.rstrip("\r\n"))  # an object cut short is broken on its own line, not on the next
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is legal JSON and no text
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
