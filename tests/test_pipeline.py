@@ -246,7 +246,8 @@ def test_g2_a_run_killed_at_ten_random_moments_ends_as_the_unbroken_one(tmp_path
         run.communicate()
         resume = [f"resume={tmp_path / 'run'}"]
     last = start(tmp_path / "run", *resume)
-    assert last.wait(timeout=300) == 0, last.communicate()[1]
+    said = last.communicate(timeout=300)[1]
+    assert last.returncode == 0, said
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert all(weights(tmp_path / "run")[name].equal(tensor) for name, tensor in weights(tmp_path / "whole").items())
 
