@@ -17,7 +17,7 @@ def test_wilson_interval():
     """60 of 100: centre (0.6 + 1.9207/100) / 1.038415 = 0.59631, half 1.95996 sqrt(0.0024 + 3.84146/40000) / 1.038415
     = 0.09429."""
     assert wilson(60, 100) == pytest.approx((0.502003, 0.690598), abs=2e-5)
-    assert wilson(0, 50)[0] == 0.0 and wilson(0, 50)[1] == pytest.approx(0.07135, abs=1e-4)
+    assert wilson(0, 50) == pytest.approx((0.0, 0.07135), abs=1e-4)
     assert wilson(50, 50)[1] == 1.0
 
 
