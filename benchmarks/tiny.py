@@ -9,6 +9,7 @@ The control's evaluation is not shuffled.
 """
 
 import json
+import os
 import random
 import sys
 import time
@@ -42,8 +43,8 @@ def shuffled(rewards: Rewards) -> Rewards:
     return ShuffledRewards(**{f.name: getattr(rewards, f.name) for f in fields(Rewards) if f.init})
 
 
-def run(seed: int, control: bool) -> dict:
-    """One whole run of conf=tiny and what it measured."""
+def run(seed: int, control: bool, at: str | None) -> dict:
+    """One whole run of conf=tiny and what it measured; `at` is the commit."""
     composed = compose_conf("tiny", [f"seed={seed}", f"out={mkdtemp()}"])
     pipeline = Pipeline(validate(composed.values), base_dir=composed.folder, wrap_rewards=shuffled if control else None)
     began = time.monotonic()
@@ -54,11 +55,11 @@ def run(seed: int, control: bool) -> dict:
         "seed": seed,
         "control": control,
         "seconds": time.monotonic() - began,
-        "rows": list(result.rows),
+        "rows": [{key: value for key, value in row.items() if key != "artefact"} for row in result.rows],
         "grpo_gain": {"points": gain.points, "low": gain.low, "high": gain.high, "problems": gain.problems},
         "versions": versions(),
-        "commit": commit(),
-        "machine": "2 CPU cores",
+        "commit": at,
+        "machine": f"{os.cpu_count()} CPU cores",
     }
 
 
@@ -86,7 +87,8 @@ def table() -> str:
 if __name__ == "__main__":
     control = "--control" in sys.argv
     RESULTS.mkdir(exist_ok=True)
+    at = commit()  # before the first result is written: that is no change of the code
     for seed in [int(a) for a in sys.argv[1:] if a.isdigit()] or SEEDS:
         name = f"tiny-{seed}{'-control' if control else ''}.json"
-        (RESULTS / name).write_text(json.dumps(run(seed, control), indent=1) + "\n")
+        (RESULTS / name).write_text(json.dumps(run(seed, control, at), indent=1) + "\n")
     print(table())
