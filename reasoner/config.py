@@ -175,9 +175,13 @@ class Grpo:
 
 @dataclass(frozen=True, config=STRICT)
 class Rollout:
-    engine: Literal["auto", "hf"] = "auto"
+    engine: Literal["auto", "vllm", "hf"] = "auto"  # auto: vllm where CUDA and vLLM are there, else hf; it says which
     temperature: PositiveFloat = 1.0
     max_sequences: PositiveInt = 256  # sampled at once
+    max_batched_tokens: PositiveInt = 4096  # vllm: tokens in one step of the engine
+    kv_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # vllm: its cache; none: what is left
+    keep_free_gib: NonNegative = 0.5  # vllm: of the GPU, left to the desktop and other programs
+    share_base: bool = True  # vllm: sample from the trainer's own base; false: the engine holds a second copy
 
 
 @dataclass(frozen=True, config=STRICT)
