@@ -1,0 +1,82 @@
+"""Every example, run as its docstring says with few steps: what it leaves shows that it did what it is for."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "sft.examples_per_step=16",
+    "grpo.steps=2",
+    "grpo.prompts_per_step=4",
+    "grpo.completions_per_prompt=4",
+    "evaluate.problems=40",
+    "evaluate.samples=2",
+    "reward.workers=1",
+]
+
+
+def run(name: str, cwd: Path, *overrides: str) -> list[str]:
+    """The lines that `python examples/NAME` prints, run in `cwd` with the package of this checkout."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / name), *SMALL, *overrides]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_examples_are_all_tested():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "custom_reward.py",
+        "own_csv.py",
+        "sft_then_grpo.py",
+    }
+
+
+def test_custom_reward_scores_every_completion(tmp_path: Path):
+    said = run("custom_reward.py", tmp_path, "data.size=600", "data.heldout=40", "sft.steps=60", "out=run")
+    score = runpy.run_path(str(ROOT / "examples" / "custom_reward.py"))["score"]
+    completions = lines(tmp_path / "run" / "completions.jsonl")
+    assert [row["parts"]["reward"] for row in completions] == pytest.approx(
+        [score(row["completion"], row["answer"]) for row in completions]
+    )
+    assert len({row["parts"]["reward"] for row in completions}) > 1, "a reward that is always the same teaches nothing"
+    assert float(said[-1]) == json.loads((tmp_path / "run" / "eval.json").read_text())[-1]["greedy_accuracy"]
+
+
+def test_own_csv_asks_what_its_table_says_and_holds_out_rows(tmp_path: Path):
+    said = run("own_csv.py", tmp_path, "sft.steps=3")
+    out = tmp_path / "outputs" / "example-csv"
+    completions = lines(out / "completions.jsonl")
+    for row in completions:
+        left, right = int(row["columns"]["left"]), int(row["columns"]["right"])
+        assert f"{left} + {right}=" in row["prompt"] and row["answer"] == str(left + right)
+    assert "sft: 700 examples of 900 rows (200 held out)" in "\n".join(said)
+    measured = {problem["id"] for problem in lines(out / "eval_problems.jsonl")}
+    trained = {f"heldout:{30 * int(row['columns']['left']) + int(row['columns']['right']) + 1}" for row in completions}
+    assert len(measured) == 40 and not measured & trained, "rows are numbered from 1, in the order of the file"
+    assert 0 <= float(said[-1]) <= 1
+
+
+def test_sft_then_grpo_goes_on_from_the_model_that_sft_saved(tmp_path: Path):
+    said = run("sft_then_grpo.py", tmp_path, "data.size=600", "data.heldout=40", "sft.steps=60")
+    sft, grpo = (
+        json.loads((tmp_path / "outputs" / name / "eval.json").read_text()) for name in ("example-sft", "example-grpo")
+    )
+    assert [row["row"] for row in (*sft, *grpo)] == ["sft", "export", "base", "grpo", "export"]
+    warm, base = (
+        [problem["text"] for problem in lines(tmp_path / "outputs" / name / "eval_problems.jsonl")[:40]]
+        for name in ("example-sft", "example-grpo")
+    )
+    assert warm == base and sft[0]["mean_tokens"] < 8, "a model that SFT never touched runs to the limit of 8 tokens"
+    shown = [f"{row['row']} {row['greedy_accuracy']:.1%}" for row in (*sft, *grpo)]
+    assert said[-5:] == shown
