@@ -170,6 +170,8 @@ def _sources(name: str, typed: Sequence[str], folders: Sequence[Path]) -> dict[s
             sources[key] = label
     for override in typed:
         key = override.lstrip("+~").partition("=")[0]
+        if key.split("@")[0] in groups_in(folders):
+            continue  # a choice of a file, which is among the defaults above
         sources.update({old: "command line" for old in sources if old.startswith(f"{key}.")})
         sources[key] = "command line"
     return sources

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reasoner.compose import annotated_yaml, compose_conf, list_confs, packaged_confs, rewrite
+from reasoner.compose import annotated_yaml, compose_conf, list_confs, packaged_confs, rewrite, source_of
 from reasoner.config import build, validate
 from reasoner.errors import ConfigError, MissingExtra
 
@@ -114,6 +114,17 @@ def test_the_listing_is_yaml_and_names_each_values_source(monkeypatch: pytest.Mo
     assert "subset: main  # conf/data/gsm8k.yaml" in text
     assert "mask_cut: false  # default" in text
     assert yaml.safe_load(text)["model"]["lora"]["r"] == 32
+
+
+def test_a_choice_on_the_command_line_is_named_by_its_file_and_by_what_comes_after_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("reasoner.compose.card_gib", lambda: None)
+    composed = compose_conf("gsm8k", ["model=smol", "optim@grpo.optim=adamw"])
+    told = {
+        key: source_of(key, composed.sources) for key in ("model.name", "model.lora.r", "grpo.optim.optimizer._target_")
+    }
+    assert told["model.name"] == "conf/model/smol.yaml"
+    assert told["model.lora.r"] == "conf/card/auto.yaml" and composed.values["model"]["lora"]["r"] == 16
+    assert told["grpo.optim.optimizer._target_"] == "conf/optim/adamw.yaml"
 
 
 def test_relative_files_are_found_by_the_working_directory_and_by_the_confs_folder(tmp_path: Path):

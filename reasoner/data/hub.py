@@ -7,7 +7,7 @@ from typing import Any
 
 from reasoner.errors import DataError
 
-AWAY = "without a network give a local file with data.path=FILE"
+AWAY = "without a network give a file, or a folder with one file a split (train.jsonl, test.jsonl): data.path=PLACE"
 
 
 def read_hub(

@@ -4,8 +4,10 @@ What is held out stays so whatever `stages` says, so that a stage run on its own
 Left out: reading anything that no stage needs.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ HELDOUT = "heldout"
 TRAINING = ("sft", "grpo")
 MEASURING = {"evaluate", "export"}
 OWN_SOURCE = {"path", "name", "subset", "split"}
+SETTING = re.compile(r"(?<![\w./])data\.(\w+)")
 # What can become of a row, in the order in which it can happen, with the words for it.
 COUNTS = {
     "dropped_by_map": "dropped by data.map",
@@ -81,6 +84,7 @@ class Section:
     data: Data
     source: tuple[str, ...]
     given: Sequence[Mapping[str, Any]] | None
+    own: frozenset[str] = frozenset()  # the keys that it says itself, and not `data`
 
     @property
     def trains(self) -> bool:
@@ -108,7 +112,10 @@ def _sections(config: Config, given: Sequence[Mapping[str, Any]] | None) -> list
     def section(name: str, where: str, node: Mapping[str, Any]) -> Section:
         data = data_of(config, node, where)
         rows = None if OWN_SOURCE & node.keys() else given
-        return Section(name, where, data, source_of(data, rows), rows)
+        own = frozenset(node.keys() | OWN_SOURCE if {"path", "name"} & node.keys() else node.keys())
+        with naming(where, own):
+            source = source_of(data, rows)
+        return Section(name, where, data, source, rows, own)
 
     training = [section(name, f"{name}.data", getattr(config, name).data) for name in TRAINING if name in config.stages]
     measured = not MEASURING.isdisjoint(config.stages)
@@ -126,6 +133,17 @@ def _sections(config: Config, given: Sequence[Mapping[str, Any]] | None) -> list
             what = f"{one.where} reads the rows that {twin.where} trains on"
             raise DataError(f"{what}: give {one.where}.split or {one.where}.path, or leave evaluate.sets out")
     return [*training, *sets]
+
+
+@contextmanager
+def naming(where: str, own: Collection[str]) -> Iterator[None]:
+    """Errors of reading call a setting by the name under which it can be changed: `sft.data.map` for `data.map` where
+    `own`, what `sft.data` says itself, has a map."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        told = SETTING.sub(lambda found: f"{where}.{found[1]}" if found[1] in own else found[0], str(error))
+        raise type(error)(told) from error.__cause__
 
 
 def _template_of(sections: Sequence[Section], tokenizer: "PreTrainedTokenizerBase") -> Template:
@@ -147,9 +165,10 @@ def _read(sections: Sequence[Section], template: Template) -> tuple[dict[str, li
     for section in sections:
         data, name = section.data, section.name
         key = (section.source, data.map, data.limit, data.size)
-        if key not in known:
-            known[key] = read_rows(data, section.given)
-        problems[name], counts[name] = make_problems(known[key], data, template.guard, worked=name == "sft")
+        with naming(section.where, section.own):
+            if key not in known:
+                known[key] = read_rows(data, section.given)
+            problems[name], counts[name] = make_problems(known[key], data, template.guard, worked=name == "sft")
     return problems, counts
 
 

@@ -140,7 +140,7 @@ def test_a_hub_out_of_reach_is_one_line_with_the_way_out() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=True)
     assert done.stdout.count("\n") == 1
     assert done.stdout.startswith("data.name=openai/gsm8k can't be loaded from the hub (")
-    assert "give a local file with data.path=FILE" in done.stdout
+    assert "data.path=PLACE" in done.stdout
 
 
 def test_a_hub_data_set_reads_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,30 @@ def test_rows_from_python_stand_in_for_data_but_not_for_a_section_of_its_own(
     assert (len(task.prompts), len(task.sets["own"])) == (10, 4)
 
 
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"sft": {"data": {"map": "reasoner.data.word_problems:svamp"}}}, "train.csv:2: sft.data.map=reasoner"),
+        ({"grpo": {"data": {"completion": "{worked}", "prompt": "{problem}"}}}, "which grpo.data.prompt='{problem}'"),
+        ({"evaluate": {"sets": {"own": {"path": "nowhere.csv"}}}}, "evaluate.sets.own.path=nowhere.csv: there is no"),
+        ({"evaluate": {"sets": {"own": {"name": "nowhere.csv"}}}}, "file: say evaluate.sets.own.path=nowhere.csv"),
+    ],
+)
+def test_an_error_names_a_setting_where_the_conf_has_it(
+    conf: Conf, tokenizer: Any, tmp_path: Path, sections: dict[str, Any], said: str
+) -> None:
+    path = written(tmp_path, "train.csv", rows_of(20))
+    with pytest.raises((ConfigError, DataError)) as caught:
+        load_task(conf({"path": path}, ("sft", "grpo", "evaluate"), **sections), tokenizer)
+    assert said in str(caught.value)
+
+
+def test_an_error_of_data_itself_is_named_so_in_every_section(conf: Conf, tokenizer: Any, tmp_path: Path) -> None:
+    path = written(tmp_path, "train.csv", rows_of(20))
+    with pytest.raises(DataError, match=r"which data\.prompt='\{problem\}' asks for"):
+        load_task(conf({"path": path, "prompt": "{problem}"}, sft={"data": {"limit": 12}}), tokenizer)
+
+
 def test_every_way_a_row_can_go_is_counted(conf: Conf, tokenizer: Any) -> None:
     rows = [
         *({"question": f"q{i}", "answer": "1"} for i in range(5)),
