@@ -3,7 +3,7 @@
     python examples/own_csv.py
 
 On the command line: python -m reasoner conf=tiny data.path=sums.csv data.prompt='"{left} + {right} ="'
-data.answer='"{total}"' 'sft.data={map: null, completion: null}'
+data.answer='"{total}"' data.heldout=200 'sft.data={map: null, completion: null}'
 """
 
 import csv
