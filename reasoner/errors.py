@@ -7,7 +7,7 @@ ReasonerError
 │   ├── RewardError          a reward function that can't be found, called or trusted
 │   ├── ModelError           a model, tokenizer or template
 │   ├── RunFolderError       the output folder: not writable, locked, full, nothing to resume
-│   ├── OutOfMemory          one sequence alone does not fit
+│   ├── OutOfMemory          one sequence alone, or the micro-batch that is asked for, does not fit
 │   └── MissingExtra         an optional package that is not installed, with the command that installs it
 ├── GuardTripped         3   a guard stopped the run; its checkpoint is kept
 └── Interrupted        130   Ctrl-C, or 143 on SIGTERM; the checkpoint is kept
@@ -45,7 +45,7 @@ class RunFolderError(InputError):
 
 
 class OutOfMemory(InputError):
-    """A single sequence does not fit in memory, so there is nothing left to halve."""
+    """Training does not fit: a single sequence, so that nothing is left to halve, or the rehearsed micro-batch."""
 
 
 class MissingExtra(InputError):

@@ -1,0 +1,345 @@
+"""GPU memory of a run, in parts: the worst micro-batch runs before step 1, and the engine's cache gets what is left.
+
+Training and sampling take turns. The cache is given back while training, activations are gone while sampling; all other
+parts stay. `rehearse` measures, `parts_before` and `divide` are arithmetic, `plan_memory` does both. Left out: the
+host's memory, and a share of the card as a setting (sizes can be added up, shares can't).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from reasoner.config import Config, data_of
+from reasoner.errors import ModelError, OutOfMemory
+from reasoner.grpo.batch import PackedBatch
+from reasoner.models.attention import Layout
+from reasoner.models.policy import Policy
+
+GIB = 1 << 30
+ENGINE = GIB * 6 // 10  # of vLLM beside its cache: CUDA graphs, input buffers, its allocator's slack
+CACHE_SLACK = 1.05  # blocks that are filled in part
+# Bytes a trained weight.
+STATES, STATES_8BIT = 8, 2  # of optimizer state: two float32 moments; of bitsandbytes' 8-bit classes
+FLOAT32, BFLOAT16 = 4, 2  # a gradient or the reference's copy; the engine's copy
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the loaded policy holds, in bytes, and what its shape says of the rest.
+
+    >>> Held(base=1_203_000_000, second_base=0, masters=73_859_072, num_trained=18_464_768, kv_token=28_672)
+    """
+
+    base: int  # frozen weights
+    second_base: int  # what the engine will load for itself with rollout.share_base=false
+    masters: int  # the weights that learn
+    num_trained: int
+    kv_token: int  # the engine's cache of one token
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The parts of a card's memory, in bytes."""
+
+    total: int
+    taken: int  # by CUDA itself and other programs
+    base: int
+    second_base: int
+    adapter: int  # the weights that learn, the reference's copy if there is one, the engine's
+    optimizer: int
+    engine: int
+    keep_free: int
+    training: int  # the worst micro-batch and its gradients; gone while sampling
+    kv_bytes: int  # the engine's cache; given back while training
+    kv_token: int  # of it, one token
+    longest: int  # tokens of prompt and completion in the longest sequence that is sampled
+
+    @property
+    def always(self) -> int:
+        """What training and sampling both hold."""
+        of_run = self.base + self.second_base + self.adapter + self.optimizer + self.engine
+        return self.taken + of_run + self.keep_free
+
+    @property
+    def while_training(self) -> int:
+        """Together, with the cache away."""
+        return self.always + self.training
+
+    @property
+    def while_sampling(self) -> int:
+        """Together, without activations and gradients."""
+        return self.always + self.kv_bytes
+
+    def parts_gib(self) -> dict[str, float]:
+        """The parts and both sums in GiB, for summary.json."""
+        names = ("total", "taken", "base", "second_base", "adapter", "optimizer", "engine", "keep_free", "training")
+        sizes = {name: getattr(self, name) for name in names} | {"kv": self.kv_bytes}
+        sizes |= {"while_training": self.while_training, "while_sampling": self.while_sampling}
+        return {name: round(size / GIB, 3) for name, size in sizes.items()}
+
+    def lines(self) -> list[str]:
+        """The table for the console."""
+        rows = [
+            ("CUDA and other programs", self.taken, self.taken),
+            ("base", self.base, self.base),
+            ("the engine's own base (rollout.share_base)", self.second_base, self.second_base),
+            ("weights that learn, and the engine's copy", self.adapter, self.adapter),
+            ("optimizer", self.optimizer, self.optimizer),
+            ("engine", self.engine, self.engine),
+            ("worst micro-batch", self.training, 0),
+            ("the engine's cache", 0, self.kv_bytes),
+            ("kept free (rollout.keep_free_gib)", self.keep_free, self.keep_free),
+            (f"together, of {self.total / GIB:.2f}", self.while_training, self.while_sampling),
+        ]
+        cells = [("GPU memory in GiB", "training", "sampling")]
+        cells += [(name, _cell(training), _cell(sampling)) for name, training, sampling in rows if training or sampling]
+        width = max(len(name) for name, _, _ in cells)
+        tokens = self.kv_bytes // self.kv_token
+        return [
+            *(f"{name:<{width}}   {training:>8}   {sampling:>8}" for name, training, sampling in cells),
+            f"the cache holds {tokens:,} tokens: {tokens // self.longest:,} sequences of {self.longest:,}, the longest",
+        ]
+
+
+def plan_memory(config: Config, policy: Policy, *, max_context: int) -> MemoryPlan:
+    """Divide the card that the policy is on, with nothing else of the run there yet.
+
+    `max_context`: tokens of prompt and completion together that the model takes. Raises OutOfMemory if the worst
+    micro-batch does not fit, ModelError if the parts together don't.
+    """
+
+    def parts() -> MemoryPlan:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(policy.device)
+        return parts_before(config, held, total=total, free=free, max_context=max_context)
+
+    held = held_by(policy, share_base=config.rollout.share_base)
+    before = parts()
+    peaks = rehearse(config, policy, max_context=max_context, room=before.total - before.always)
+    return divide(config, parts(), peaks)  # CUDA itself took a little more for the kernels that ran
+
+
+def held_by(policy: Policy, *, share_base: bool) -> Held:
+    """The sizes of a loaded policy."""
+    trained = list(policy.trainable().values())
+    frozen = [weight for weight in policy.model.parameters() if not weight.requires_grad]
+    base = policy.weights.nbytes if policy.weights is not None else sum(weight.nbytes for weight in frozen)
+    own = base if policy.weights is not None else BFLOAT16 * sum(weight.numel() for weight in frozen)
+    return Held(
+        base=base,
+        second_base=0 if share_base else own,
+        masters=sum(weight.nbytes for weight in trained),
+        num_trained=sum(weight.numel() for weight in trained),
+        kv_token=kv_token_bytes(policy.base.config.get_text_config()),
+    )
+
+
+def kv_token_bytes(hf_config: Any) -> int:
+    """Keys and values of one token in all layers, bfloat16. Layers with a window may need less."""
+    heads = hf_config.num_attention_heads
+    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
+    return 2 * hf_config.num_hidden_layers * kv_heads * head_dim * BFLOAT16
+
+
+def parts_before(config: Config, held: Held, *, total: int, free: int, max_context: int) -> MemoryPlan:
+    """All parts but those that take turns, which are 0; `free` is what the card has with the policy loaded."""
+    stages = _training_stages(config)
+    copies = BFLOAT16 + (FLOAT32 if "grpo" in stages and config.grpo.kl_coef > 0 else 0)
+    targets = [str(getattr(config, stage).optim.optimizer.get("_target_", "")) for stage in stages]
+    states = [STATES_8BIT if t.startswith("bitsandbytes") and "8bit" in t.lower() else STATES for t in targets]
+    return MemoryPlan(
+        total=total,
+        taken=max(0, total - free - held.base - held.masters),
+        base=held.base,
+        second_base=held.second_base,
+        adapter=held.masters + copies * held.num_trained,
+        optimizer=max(states, default=0) * held.num_trained,
+        engine=ENGINE,
+        keep_free=int(config.rollout.keep_free_gib * GIB),
+        training=0,
+        kv_bytes=0,
+        kv_token=held.kv_token,
+        longest=longest_sampled(config, max_context),
+    )
+
+
+def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> MemoryPlan:
+    """The plan with its two parts that take turns: the largest of the stages' peaks, and the engine's cache.
+
+    The cache is rollout.kv_gib, else the smaller of what is left while sampling and what rollout.max_sequences of
+    the longest sequences fill. Raises ModelError if training, or the cache of one such sequence, does not fit.
+    """
+    stage = max(peaks, key=lambda name: peaks[name], default="")
+    plan = replace(before, training=peaks.get(stage, 0))
+    if plan.while_training > plan.total:
+        size = getattr(config, stage).tokens_per_micro_batch
+        raise _too_little(
+            f"training with {stage}.tokens_per_micro_batch={size}",
+            plan.while_training,
+            plan,
+            f"lower that, rollout.keep_free_gib or model.lora.r{_savings(config)}",
+        )
+    one = math.ceil(plan.longest * plan.kv_token * CACHE_SLACK)
+    left = plan.total - plan.always
+    shorter = f"lower grpo.max_completion_tokens, data.max_prompt_tokens or rollout.keep_free_gib{_savings(config)}"
+    if left < one:
+        raise _too_little(f"sampling one sequence of {plan.longest} tokens", plan.always + one, plan, shorter)
+    asked = config.rollout.kv_gib
+    if asked is None:
+        return replace(plan, kv_bytes=min(left, config.rollout.max_sequences * one))
+    kv_bytes = int(asked * GIB)
+    if kv_bytes > left:
+        most = f"set it to at most {_down(left)}, or to null for what is left"
+        raise _too_little(f"rollout.kv_gib={asked:g}", plan.always + kv_bytes, plan, most)
+    if kv_bytes < one:
+        raise ModelError(
+            f"rollout.kv_gib={asked:g} is less than the {_up(one)} GiB that one sequence of {plan.longest} tokens "
+            f"needs (there are {_down(left)}): raise it, set it to null for what is left, or {shorter}"
+        )
+    return replace(plan, kv_bytes=kv_bytes)
+
+
+def longest_sampled(config: Config, max_context: int) -> int:
+    """Tokens of the longest prompt with the longest completion, in GRPO and in evaluation."""
+    sets = [data_of(config, node, f"evaluate.sets.{name}") for name, node in config.evaluate.sets.items()]
+    evaluated = config.evaluate.max_completion_tokens or config.grpo.max_completion_tokens
+    practised = data_of(config, config.grpo.data, "grpo.data").max_prompt_tokens + config.grpo.max_completion_tokens
+    prompts = [data.max_prompt_tokens for data in sets or [config.data]]
+    return min(max_context, max(practised, max(prompts) + evaluated))
+
+
+def worst_lengths(config: Config, stage: str, max_context: int, *, tokens: int | None = None) -> list[int]:
+    """The fullest micro-batch of a stage, as lengths of its sequences: `tokens`, else tokens_per_micro_batch.
+
+    >>> worst_lengths(config, "grpo", 2048)  # tokens_per_micro_batch=2048, 256 + 512 tokens
+    [768, 768, 512]
+    """
+    settings = getattr(config, stage)
+    prompt = data_of(config, settings.data, f"{stage}.data").max_prompt_tokens
+    longest = min(max_context, prompt + settings.max_completion_tokens)
+    rows = (
+        config.sft.examples_per_step
+        if stage == "sft"
+        else config.grpo.prompts_per_step * config.grpo.completions_per_prompt
+    )
+    whole, rest = divmod(tokens or settings.tokens_per_micro_batch, longest)
+    if whole >= rows or whole == 0:
+        return [longest] * min(rows, max(whole, 1))
+    return [longest] * whole + ([rest] if rest > 1 else [])
+
+
+def rehearse(config: Config, policy: Policy, *, max_context: int, room: int) -> dict[str, int]:
+    """Bytes that the fullest micro-batch of each training stage takes above what is held now, gradients included.
+
+    Nothing is learnt: no gradient stays and random states are as before. Raises OutOfMemory, with a size that fits
+    into `room` bytes, if a stage's own does not fit on the card.
+    """
+    peaks: dict[str, int] = {}
+    try:
+        for stage in _training_stages(config):
+            policy.train_mode(dropout=stage == "sft")
+            free = _free_bytes(policy.device)
+            lengths = worst_lengths(config, stage, max_context)
+            found = peak_bytes(policy, lengths, entropy=_entropy_learns(config, stage))
+            if found is None:
+                raise OutOfMemory(_smaller(config, policy, stage, lengths, free=free, room=room))
+            peaks[stage] = found
+    finally:
+        policy.eval()
+    return peaks
+
+
+def peak_bytes(policy: Policy, lengths: list[int], *, entropy: bool) -> int | None:
+    """Bytes above what is held now, at the peak of two micro-batches in a row; None if they are too many.
+
+    The second one runs beside the first one's gradients, as it does in a step. Every token but each sequence's first
+    is trained: prompts may be that short.
+    """
+    device = policy.device
+    on_card = device.type == "cuda"
+    ids = torch.arange(sum(lengths), device=device) % policy.head_weight.shape[0]
+    layout = Layout.of(lengths, device)
+    batch = PackedBatch(token_ids=ids, layout=layout, completion_mask=layout.positions > 0)
+    if on_card:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device) if on_card else 0
+    try:
+        with torch.random.fork_rng(devices=[device] if on_card else []):
+            for _ in range(2):
+                found = policy.logprobs(batch, temperature=1.0)
+                (found.logprobs.sum() + found.entropy.sum() if entropy else found.logprobs.sum()).backward()
+        return torch.cuda.max_memory_allocated(device) - held if on_card else 0
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        for weight in policy.trainable().values():
+            weight.grad = None
+
+
+def _smaller(config: Config, policy: Policy, stage: str, lengths: list[int], *, free: int, room: int) -> str:
+    """The line that names what was too large and what fits."""
+    key, longest = f"{stage}.tokens_per_micro_batch", lengths[0]
+    asked = getattr(config, stage).tokens_per_micro_batch
+    was = f"{key}={asked} is out of memory ({free / GIB:.2f} GiB were free)"
+    tokens = sum(lengths)
+    while tokens > longest:
+        tokens = max(longest, tokens // 2)
+        cut = worst_lengths(config, stage, longest, tokens=tokens)
+        found = peak_bytes(policy, cut, entropy=_entropy_learns(config, stage))
+        if found is not None and found <= room:
+            return f"{was}: set {key}={tokens}, which fits{_savings(config)}"
+    most = getattr(config, stage).max_completion_tokens
+    return (
+        f"{was}, and so is one sequence of {longest} tokens alone: lower {stage}.max_completion_tokens={most}, to "
+        f"{max(1, most // 2)} say, or data.max_prompt_tokens{_savings(config)}"
+    )
+
+
+def _training_stages(config: Config) -> list[str]:
+    return [stage for stage in ("sft", "grpo") if stage in config.stages]
+
+
+def _entropy_learns(config: Config, stage: str) -> bool:
+    return stage == "grpo" and config.grpo.entropy_coef > 0
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _too_little(what: str, needed: int, plan: MemoryPlan, remedy: str) -> ModelError:
+    return ModelError(
+        f"{what} needs {_up(needed)} GiB of GPU memory, and the card has {_down(plan.total)} "
+        f"({plan.taken / GIB:.2f} of them taken by CUDA and other programs): {remedy}"
+    )
+
+
+def _savings(config: Config) -> str:
+    """What is not switched on already, to end a remedy with."""
+    found = [] if config.rollout.share_base else ["rollout.share_base=true"]
+    if not config.model.gradient_checkpointing:
+        found.append("model.gradient_checkpointing=true")
+    if config.model.lora and config.model.quantize == "none":
+        found.append("model.quantize=nf4")
+    return f", or set {' or '.join(found)}" if found else ""
+
+
+def _up(size: int) -> str:
+    """GiB, rounded up: what is needed is never said to be what is there."""
+    return f"{math.ceil(size / GIB * 100) / 100:.2f}"
+
+
+def _down(size: int) -> str:
+    return f"{math.floor(size / GIB * 100) / 100:.2f}"
+
+
+def _cell(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
