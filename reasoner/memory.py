@@ -261,14 +261,14 @@ def peak_bytes(policy: Policy, lengths: list[int], *, entropy: bool) -> int | No
     """
     device = policy.device
     on_card = device.type == "cuda"
-    ids = torch.arange(sum(lengths), device=device) % policy.head_weight.shape[0]
-    layout = Layout.of(lengths, device)
-    batch = PackedBatch(token_ids=ids, layout=layout, completion_mask=layout.positions > 0)
     if on_card:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device) if on_card else 0
     try:
+        ids = torch.arange(sum(lengths), device=device) % policy.head_weight.shape[0]
+        layout = Layout.of(lengths, device)
+        batch = PackedBatch(token_ids=ids, layout=layout, completion_mask=layout.positions > 0)
         with torch.random.fork_rng(devices=[device] if on_card else []):
             for _ in range(2):
                 found = policy.logprobs(batch, temperature=1.0)
