@@ -3,6 +3,7 @@
 So whatever the user handed in wrong is said in seconds, before gigabytes are read.
 """
 
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,18 @@ from reasoner.console import Console
 from reasoner.data.task import Task, load_task
 from reasoner.errors import ConfigError, ModelError
 from reasoner.evaluate import Evaluator, accuracy_part
+from reasoner.memory import MemoryPlan, plan_memory
 from reasoner.models.loading import load_model, load_tokenizer
+from reasoner.models.nf4 import shape_of
 from reasoner.models.policy import Policy
 from reasoner.models.sources import check_model, context_limit
 from reasoner.models.stops import stop_ids
 from reasoner.models.untrained import untrained_tokens
 from reasoner.rewards.base import Rewards, load_rewards
 from reasoner.rewards.rehearsal import rehearse
-from reasoner.rollout.engine import Engine, make_engine
+from reasoner.rollout.choice import choose, make_engine, obstacle
+from reasoner.rollout.engine import Engine
+from reasoner.rollout.platform import engine_environment
 from reasoner.types import Completion, Prompt
 
 REHEARSED = 8  # prompts whose gold completions are scored before the model loads
@@ -41,8 +46,8 @@ class Parts:
     policy: Policy
     engine: Engine
     stop_ids: tuple[int, ...]
-    max_context: int  # tokens
     evaluator: Evaluator
+    memory: MemoryPlan | None  # of the card, where the engine keeps a cache on it
 
 
 def check_before_loading(config: Config) -> None:
@@ -57,6 +62,8 @@ def check_before_loading(config: Config) -> None:
         for stage in ("sft", "grpo")
         if stage in config.stages and not _optimizer_runs_here(getattr(config, stage).optim.optimizer)
     ]
+    if config.rollout.engine == "vllm" and (why := obstacle(config)):
+        refused.append(f"rollout.engine=vllm can't be had: {why}")
     if refused:
         raise ConfigError("; ".join(refused))
     limit = context_limit(config.model)
@@ -108,11 +115,30 @@ def assemble(
             f"{tokenizer.convert_ids_to_tokens(untrained)}, so completions may run to the limit: set "
             "data.template=plain, or train all weights with model.lora=null"
         )
-    limit = context_limit(config.model) or NO_CONTEXT_LIMIT
-    engine, chosen = make_engine(config.rollout, policy, task.template.decode, max_context=limit)
-    console.say(chosen)
+    try:
+        engine, memory = _sampler(config, policy, task, console)
+    except BaseException:
+        rewards.close()
+        raise
     evaluator = Evaluator(config, rewards, stops)
-    return Parts(config, tokenizer, task, rewards, policy, engine, stops, limit, evaluator)
+    return Parts(config, tokenizer, task, rewards, policy, engine, stops, evaluator, memory)
+
+
+def _sampler(config: Config, policy: Policy, task: Task, console: Console) -> tuple[Engine, MemoryPlan | None]:
+    """The engine, and how the card's memory is divided where it keeps a cache there."""
+    name, chosen = choose(config, policy)
+    console.say(chosen)
+    limit = context_limit(config.model) or NO_CONTEXT_LIMIT
+    if name == "hf":
+        return make_engine(name, config, policy, task.template.decode, max_context=limit, kv_bytes=0), None
+    plan = plan_memory(config, policy, max_context=limit)
+    for line in plan.lines():
+        console.say(line)
+    _, needed = engine_environment(platform.release())
+    if needed:
+        console.say(needed)
+    engine = make_engine(name, config, policy, task.template.decode, max_context=plan.longest, kv_bytes=plan.kv_bytes)
+    return engine, plan
 
 
 def _closed(prefill: str) -> str:
@@ -121,7 +147,7 @@ def _closed(prefill: str) -> str:
 
 
 def _described(config: Config, policy: Policy) -> str:
-    total = sum(weight.numel() for weight in policy.model.parameters())
+    total = sum(shape_of(weight).numel() for weight in policy.model.parameters())
     trained = sum(weight.numel() for weight in policy.trainable().values())
     revision = f" at {policy.revision}" if policy.revision else ""
     dtype = str(policy.head_weight.dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from reasoner.errors import ConfigError, MissingExtra
@@ -186,7 +186,10 @@ class Rollout:
 
 @dataclass(frozen=True, config=STRICT)
 class Evaluate:
-    sets: dict[str, Node] = field(default_factory=dict)  # none: the held-out rows of `data`, as the set `heldout`
+    # none (null in a conf that builds on one with sets): the held-out rows of `data`, as the set `heldout`
+    sets: Annotated[dict[str, Node], BeforeValidator(lambda sets: {} if sets is None else sets)] = field(
+        default_factory=dict
+    )
     problems: PositiveInt | None = None  # at most so many a set, the first ones
     samples: Annotated[int, Field(ge=0)] = 8  # a problem, for sampled accuracy and pass@k; 0: greedy only
     temperature: PositiveFloat = 1.0

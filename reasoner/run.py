@@ -7,6 +7,7 @@ run (pipeline.py).
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,16 +17,18 @@ import torch
 from torch import Tensor
 
 from reasoner import checkpoint, signals, world
-from reasoner.assembly import Parts
+from reasoner.assembly import NO_CONTEXT_LIMIT, Parts
 from reasoner.checkpoint import Progress
 from reasoner.console import Console
 from reasoner.data.order import Order
 from reasoner.errors import Interrupted
 from reasoner.metrics import step_row
 from reasoner.models.loading import load_saved
+from reasoner.models.sources import context_limit
 from reasoner.optimizer_state import load_optimizer, optimizer_tensors
 from reasoner.results import Results
-from reasoner.rollout.engine import Engine, make_engine
+from reasoner.rollout.choice import make_engine
+from reasoner.rollout.engine import Engine, asleep
 from reasoner.run_folder import RunFolder
 from reasoner.stages import STAGES, TrainingStage
 from reasoner.tracking.base import Tracker
@@ -61,6 +64,8 @@ class Run:
             self.parts.policy.load_state(
                 {name.removeprefix(prefix): tensor for name, tensor in saved.tensors.items() if name.startswith(prefix)}
             )
+        weights = self.parts.policy.weights
+        checksum = weights.checksum() if weights else None
         stages = list(enumerate(self.parts.config.stages))
         for stage_index, stage in stages[first:]:
             began = time.monotonic()
@@ -72,6 +77,7 @@ class Run:
                 self._export(stage_index)
             seconds = time.monotonic() - began
             self.stage_seconds.append({"stage": stage, "stage_index": stage_index, "seconds": seconds})
+        assert weights is None or weights.checksum() == checksum, "something wrote into the frozen base"
 
     def _train(self, stage_index: int, name: str, saved: Saved | None) -> None:
         stage = STAGES[name](self.parts, stage_index, self.console, self.folder)
@@ -83,7 +89,17 @@ class Run:
             load_optimizer(stage.updater.optimizer, saved.tensors, saved.state["optimizer"])
             stage.updater.load_state(saved.state["updater"])
         order = Order(stage.num_rows, self.parts.config.seed)
-        self.parts.engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
+        engine = self.parts.engine
+        if stage.samples:
+            engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
+        with nullcontext() if stage.samples else asleep(engine):
+            self._learn(stage, stage_index, order, step, cursor)
+        engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
+        self.parts.policy.eval()
+
+    def _learn(self, stage: TrainingStage, stage_index: int, order: Order, step: int, cursor: int) -> None:
+        """Steps from `step` to the stage's last, with their rows, checkpoints and signals."""
+        name = stage.name
         while step < stage.num_steps:
             torch.manual_seed(derived_seed(self.parts.config.seed, stage_index, step))
             values = stage.step(order.take(cursor, stage.rows_per_step), step + 1, self.policy_step)
@@ -94,8 +110,6 @@ class Run:
                 self._save(stage, Progress(stage_index, name, step, self.policy_step, cursor))
             if signal:
                 raise Interrupted(signal, f"interrupted at {name} step {step}; {self._how_to_go_on()}")
-        self.parts.engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
-        self.parts.policy.eval()
 
     def _tell(self, stage: TrainingStage, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
@@ -151,12 +165,17 @@ class Run:
         if world.is_main():
             self.parts.policy.save(artefact, self.parts.tokenizer, stop_ids=self.parts.stop_ids)
         world.barrier()
-        policy = load_saved(artefact, config.model, self.parts.tokenizer)
-        engine, _ = make_engine(
-            config.rollout, policy, self.parts.task.template.decode, max_context=self.parts.max_context
-        )
-        self._evaluate(stage_index, "export", engine, artefact)
-        engine.close()
+        if config.model.lora:
+            self.parts.policy.reload(artefact)
+            self.parts.engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
+            self._evaluate(stage_index, "export", self.parts.engine, artefact)
+        else:
+            policy = load_saved(artefact, config.model, self.parts.tokenizer)
+            decode = self.parts.task.template.decode
+            limit = context_limit(config.model) or NO_CONTEXT_LIMIT
+            engine = make_engine("hf", config, policy, decode, max_context=limit, kv_bytes=0)
+            self._evaluate(stage_index, "export", engine, artefact)
+            engine.close()
         self.console.say(f"saved: {artefact}")
 
 

@@ -17,6 +17,7 @@ class TrainingStage(Protocol):
     """A stage that learns step by step."""
 
     name: str
+    samples: bool  # whether its steps need the engine awake
     updater: Updater
     num_rows: int
     rows_per_step: int
@@ -45,6 +46,7 @@ class SftStage:
     """Worked examples in seeded order."""
 
     name = "sft"
+    samples = False
 
     def __init__(self, parts: Parts, stage_index: int, console: Console, folder: RunFolder):
         self.examples = parts.task.examples
@@ -65,6 +67,7 @@ class GrpoStage:
     """Prompts in seeded order; every completion is kept in completions.jsonl, a group is shown every few steps."""
 
     name = "grpo"
+    samples = True
 
     def __init__(self, parts: Parts, stage_index: int, console: Console, folder: RunFolder):
         self.stage_index = stage_index

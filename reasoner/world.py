@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 def _distributed() -> Any:
     distributed = sys.modules.get("torch.distributed")  # not imported: nobody joined, torch need not load
-    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
+    if not distributed or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    # A group of one is no company: vLLM makes such a group for itself.
+    return distributed if distributed.get_world_size() > 1 else None
 
 
 def rank() -> int:

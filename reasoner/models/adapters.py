@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from reasoner import config
@@ -60,6 +61,32 @@ def _linear_names(base: PreTrainedModel) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in linears})
 
 
+def place_of(name: str) -> tuple[str, str]:
+    """The module of the base that a trained matrix belongs to, and which of the two it is.
+
+    >>> place_of("base_model.model.model.layers.0.mlp.up_proj.lora_A.policy.weight")
+    ('model.layers.0.mlp.up_proj', 'A')
+    """
+    module, _, matrix = name.removeprefix("base_model.model.").removesuffix(f".{ADAPTER}.weight").rpartition(".lora_")
+    assert module and matrix in ("A", "B"), name
+    return module, matrix
+
+
+def linear_rows(base: PreTrainedModel) -> dict[str, int]:
+    """How many outputs each linear layer of the base has, by its name without an adapter around it."""
+    return {
+        name.removesuffix(".base_layer"): part.out_features
+        for name, part in base.named_modules()
+        if isinstance(part, torch.nn.Linear) and ".lora_" not in name
+    }
+
+
+def scaling(model: PeftModel) -> float:
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rslora."""
+    settings = cast(LoraConfig, model.peft_config[ADAPTER])
+    return settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r)
+
+
 def save(model: PeftModel, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors in `folder`, as `PeftModel.from_pretrained` reads them."""
     tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -79,6 +106,23 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
             return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} can't be read: {first_line(error)}") from None
+
+
+def reload(model: PeftModel, folder: Path) -> None:
+    """Read the files that `save` wrote into the adapter that is there.
+
+    Raises ModelError if the files describe another adapter, or lack a matrix of this one.
+    """
+    saved, live = PeftConfig.from_pretrained(str(folder)), model.peft_config[ADAPTER]
+    for setting in ("r", "lora_alpha", "use_rslora", "target_modules", "base_model_name_or_path"):
+        if getattr(saved, setting) != getattr(live, setting):
+            raise ModelError(
+                f"the adapter in {folder} has {setting}={getattr(saved, setting)}, not {getattr(live, setting)}"
+            )
+    report = set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER)
+    lost = [key for key in report.missing_keys if ".lora_" in key] + list(report.unexpected_keys)
+    if lost:
+        raise ModelError(f"the adapter in {folder} does not fit: {len(lost)} matrices differ, first {lost[0]}")
 
 
 @contextmanager

@@ -20,7 +20,8 @@ class Family:
     a cap.
 
     >>> family_of(Gemma2Config())
-    Family(name='gemma2', packs=True, soft_cap=30.0, logit_scale=1.0, decode_attention='eager', known=True)
+    Family(name='gemma2', packs=True, soft_cap=30.0, logit_scale=1.0, decode_attention='eager', known=True,
+           shares=True)
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     logit_scale: float
     decode_attention: str  # transformers' attention for `generate`, which needs a cache and a mask
     known: bool
+    shares: bool  # an engine can hold views of its weights (base_model.py), which NF4 needs too
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +42,25 @@ class Row:
     multiplies_key: str | None = None
     divides_key: str | None = None
     decode_attention: str = "sdpa"  # eager where transformers' sdpa lacks what the family needs
+    shares: bool = False  # tried with vLLM: its parameters are those of transformers, q, k, v and gate, up side by side
 
 
 PLAIN = Row()
+SHARED = Row(shares=True)
 ONE_A_PASS = Row(packs=False)  # linear attention carries its state across a packed row
 GRANITE = Row(divides_key="logits_scaling")
 COHERE = Row(multiplies_key="logit_scale")
 FAMILIES: dict[str, Row] = {
-    "llama": PLAIN,
-    "mistral": PLAIN,
-    "qwen2": PLAIN,
-    "qwen3": PLAIN,
+    "llama": SHARED,
+    "mistral": SHARED,
+    "qwen2": SHARED,
+    "qwen3": SHARED,
     "qwen3_moe": PLAIN,
-    "phi3": PLAIN,
+    "phi3": SHARED,
     "olmo2": PLAIN,
     "smollm3": PLAIN,
-    "gemma2": Row(soft_cap_key="final_logit_softcapping", decode_attention="eager"),
-    "gemma3_text": Row(soft_cap_key="final_logit_softcapping"),
+    "gemma2": Row(soft_cap_key="final_logit_softcapping", decode_attention="eager", shares=True),
+    "gemma3_text": Row(soft_cap_key="final_logit_softcapping", shares=True),
     "cohere": COHERE,
     "cohere2": COHERE,
     "granite": GRANITE,
@@ -85,6 +89,7 @@ def family_of(config: PretrainedConfig) -> Family:
         logit_scale=(_number(config, known.multiplies_key) or 1.0) / (_number(config, known.divides_key) or 1.0),
         decode_attention=known.decode_attention,
         known=row is not None,
+        shares=known.shares,
     )
 
 

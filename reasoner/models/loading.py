@@ -4,19 +4,18 @@ A model whose logprobs we would get wrong is refused here: a head that is no pla
 don't know. Left out: reading the weights (weights.py) and code from a model's repository (never run).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reasoner import config
 from reasoner.errors import ModelError
 from reasoner.models import adapters, gguf, scratch, sources, weights
-from reasoner.models.attention import Layout
+from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import Family, family_of
 from reasoner.models.policy import Policy
 
@@ -70,11 +69,10 @@ def load_model(
     place = _place(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
-        base, family, revision = _load_base(model, tokenizer, place)
+        base, buffers, family, revision = _load_base(model, tokenizer, place)
         if model.lora:
-            return Policy(
-                adapters.attach(base, model.lora, name=model.name, revision=revision), family, revision=revision
-            )
+            adapted = adapters.attach(base, model.lora, name=model.name, revision=revision)
+            return Policy(adapted, family, revision=revision, weights=buffers)
     return Policy(base.requires_grad_(True), family, revision=revision)
 
 
@@ -89,8 +87,8 @@ def load_saved(
         saved = replace(model, name=str(folder), revision=None, gguf=None, scratch=None)
         return load_model(saved, tokenizer, seed=0, device=device)
     sources.check_model(model)
-    base, family, revision = _load_base(model, tokenizer, _place(device))
-    return Policy(adapters.load(base, folder), family, revision=revision)
+    base, buffers, family, revision = _load_base(model, tokenizer, _place(device))
+    return Policy(adapters.load(base, folder), family, revision=revision, weights=buffers)
 
 
 def _place(device: torch.device | str | None) -> torch.device:
@@ -101,9 +99,10 @@ def _place(device: torch.device | str | None) -> torch.device:
 
 def _load_base(
     model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> tuple[PreTrainedModel, Family, str | None]:
-    """The base, frozen; its family; the hub's commit."""
-    base = weights.read(model, tokenizer, device).requires_grad_(False)
+) -> tuple[PreTrainedModel, BaseWeights | None, Family, str | None]:
+    """The base, frozen; the buffers it looks at; its family; the hub's commit."""
+    base, buffers = weights.read(model, tokenizer, device)
+    base.requires_grad_(False)
     family = family_of(base.config)
     revision = None if model.gguf or model.scratch else sources.locate(model).revision
     _check_head(base, tokenizer, model.name)
@@ -114,7 +113,7 @@ def _load_base(
         _probe(Policy(base, family, revision=revision), weights.dtype_of(model, device))
     if model.gradient_checkpointing:
         recompute_layers(base, model.name)
-    return base, family, revision
+    return base, buffers, family, revision
 
 
 def recompute_layers(base: PreTrainedModel, name: str) -> None:
@@ -138,22 +137,13 @@ def _check_head(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sequence:
-    token_ids: Tensor
-    layout: Layout
-    completion_mask: Tensor
-
-
 def _probe(policy: Policy, dtype: torch.dtype) -> None:
     """Raises ModelError if our logprobs of a family not in the table are not those of its own forward."""
     ids = torch.arange(PROBE_TOKENS, device=policy.device) % policy.head_weight.shape[0]
-    positions = torch.arange(PROBE_TOKENS, device=policy.device)
     with torch.no_grad():
-        ours = policy.logprobs(_Sequence(ids, Layout.of([PROBE_TOKENS], policy.device), positions > 0), temperature=1.0)
         logits = policy.base(input_ids=ids[None], use_cache=False).logits[0].float()
     theirs = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
-    gap = float((ours.logprobs[1:] - theirs).abs().max())
+    gap = float((policy.score(ids.tolist()) - theirs).abs().max())
     if not gap <= PROBE_GAP[dtype]:
         raise ModelError(
             f"our logprobs of this {policy.family.name} model are {gap:.2g} nats from its own: it changes its logits "

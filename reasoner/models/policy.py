@@ -5,8 +5,9 @@ shift from "hidden state t predicts token t + 1" to "index t speaks of token t" 
 else. Left out: sampling (rollout/), optimizing (update.py) and an engine's copy of the adapter.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -21,6 +22,7 @@ from reasoner.errors import ModelError
 from reasoner.kernels.linear_logprobs import Logprobs, linear_logprobs
 from reasoner.models import adapters
 from reasoner.models.attention import Layout
+from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import Family
 from reasoner.models.weights import quiet
 
@@ -42,13 +44,30 @@ class Packed(Protocol):
     ) -> Tensor: ...  # bool [N], True: its logprob is wanted; False at every sequence's first token
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OneSequence:
+    """`Packed`, of one sequence whose every token but the first is asked for."""
+
+    token_ids: Tensor
+    layout: Layout
+    completion_mask: Tensor
+
+
 class Policy:
     """A causal language model that learns, whole or through its adapter. Made by `loading.load_model`, in eval mode."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, family: Family, *, revision: str | None):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        family: Family,
+        *,
+        revision: str | None,
+        weights: BaseWeights | None = None,
+    ):
         self.model = model
         self.family = family
         self.revision = revision  # the hub's commit, None for local files
+        self.weights = weights  # the buffers that the base looks at; None: transformers' own, which can't be shared
         self._reference: dict[str, Tensor] | None = None
         self.eval()
 
@@ -56,6 +75,12 @@ class Policy:
     def base(self) -> PreTrainedModel:
         """The transformers model, adapter layers included where there are any."""
         return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def adapter_scaling(self) -> float:
+        """What the adapter's B A is multiplied by."""
+        assert isinstance(self.model, PeftModel), "this policy is trained whole"
+        return adapters.scaling(self.model)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -97,6 +122,13 @@ class Policy:
         )
         zeros = found.logprobs.new_zeros(batch.token_ids.shape)
         return Logprobs(zeros.index_copy(0, targets, found.logprobs), zeros.index_copy(0, targets, found.entropy))
+
+    @torch.no_grad()
+    def score(self, token_ids: Sequence[int]) -> Tensor:
+        """log p(token | those before it) of every token of one sequence but the first, at temperature 1: [T - 1]."""
+        ids = torch.tensor(token_ids, device=self.device)
+        layout = Layout.of([len(ids)], self.device)
+        return self.logprobs(OneSequence(ids, layout, layout.positions > 0), temperature=1.0).logprobs[1:]
 
     def _hidden(self, token_ids: Tensor, layout: Layout) -> Tensor:
         """The last hidden states [N, D], each of its own sequence alone."""
@@ -199,6 +231,11 @@ class Policy:
             eos_token_id=list(stop_ids) or tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ).save_pretrained(folder)
+
+    def reload(self, folder: Path) -> None:
+        """Take the adapter's weights back from the files that `save` wrote. Raises ModelError if they are another's."""
+        assert isinstance(self.model, PeftModel), "a whole model is read by loading.load_saved"
+        adapters.reload(self.model, folder)
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

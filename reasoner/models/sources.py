@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
@@ -16,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from reasoner import config
 from reasoner.errors import ModelError
-from reasoner.models import gguf, scratch
+from reasoner.models import gguf, nf4, scratch
 
 HUB_TIMEOUT_S = 10
 NEVER_ADAPTED = ("lm_head", "embed_tokens")
@@ -40,7 +41,7 @@ class Source:
 def check_model(model: config.Model) -> None:
     """Nothing, if this model can be trained as asked; else ModelError with the key to change. Loads no weights."""
     if model.quantize == "nf4":
-        raise ModelError("model.quantize=nf4 needs a CUDA GPU and is not in this version: set model.quantize=none")
+        _check_nf4(model)
     if model.gguf and model.scratch:
         raise ModelError("model.gguf and model.scratch are both set: set one of them to null")
     if model.scratch and model.lora:
@@ -62,6 +63,21 @@ def check_model(model: config.Model) -> None:
     if model.scratch:
         scratch.make_tokenizer(model.scratch)
     context_limit(model)
+
+
+def _check_nf4(model: config.Model) -> None:
+    if not torch.cuda.is_available():
+        raise ModelError("model.quantize=nf4 needs a CUDA GPU: set model.quantize=none")
+    if model.scratch or model.lora is None:
+        raise ModelError(
+            "model.quantize=nf4 freezes the base, and there is no adapter to train: set model.lora.r=32, or "
+            "model.quantize=none"
+        )
+    if model.dtype == "float32":
+        raise ModelError("model.quantize=nf4 computes in bfloat16: set model.dtype=auto")
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ModelError(f"model.quantize=nf4 needs bfloat16, which {torch.cuda.get_device_name()} has not")
+    nf4.check_installed("model.quantize=nf4")
 
 
 def context_limit(model: config.Model) -> int | None:

@@ -1,11 +1,13 @@
-"""Weights as transformers reads them, from a hub or folder, a GGUF file or a random generator, in the dtype that was
-asked for.
+"""A base model from a hub or folder, a GGUF file or a random generator, in the dtype that was asked for.
 
-transformers 5 loads in the checkpoint's own dtype unless told, and makes up weights that a checkpoint lacks with no
-more than a log line: both are settled here. Left out: quantized bases.
+Two ways lead there. Under an adapter on a GPU the weights go into buffers of ours one by one (base_model.py), so that
+an engine can share them and NF4 never meets the whole model in 16 bits. All else transformers loads: it takes the
+checkpoint's own dtype unless told, and makes up weights that a checkpoint lacks with no more than a log line; both are
+settled here.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +19,11 @@ from transformers.utils import logging
 
 from reasoner import config
 from reasoner.errors import ModelError
-from reasoner.models import gguf, scratch, sources
+from reasoner.models import base_files, base_model, gguf, scratch, sources
 from reasoner.models.attention import PACKED
-from reasoner.models.families import family_of
+from reasoner.models.base_weights import BaseWeights
+from reasoner.models.families import FAMILIES, family_of
 
-# The names of a composite (vision) checkpoint's text part, in both spellings there are -> those of the text model
-# alone.
-TEXT_PART = {
-    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
-    r"^(model\.language_model|language_model\.model)\.": "model.",
-}
 # What transformers raises on files that it can't use.
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
@@ -38,17 +35,56 @@ def dtype_of(model: config.Model, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
-def read(model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    """The model on `device`, its attention ours where its family packs. Raises ModelError if a weight is missing or
-    unreadable."""
+def read(
+    model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[PreTrainedModel, BaseWeights | None]:
+    """The model on `device`, its attention ours where its family packs, and the buffers it looks at where it has such.
+
+    Raises ModelError if a weight is missing or unreadable, or the model can't be quantized as asked.
+    """
     dtype = dtype_of(model, device)
     if model.scratch:
         base = _from_config(scratch.make_config(model.scratch, model.max_context), dtype)
     elif model.gguf:
         base = _from_gguf(gguf.find(model.gguf), tokenizer, dtype)
+        if shares(model, base.config, device):
+            return _onto_buffers(model, base.config, base.state_dict().items(), device)
     else:
+        hf_config = sources.read_config(model)
+        if shares(model, hf_config, device):
+            return _onto_buffers(model, hf_config, base_files.read(sources.locate(model)), device)
         base = _from_pretrained(model, dtype, device)
-    return cast(PreTrainedModel, base.to(device))  # pyright: ignore[reportArgumentType]
+    return cast(PreTrainedModel, base.to(device)), None  # pyright: ignore[reportArgumentType]
+
+
+def shares(model: config.Model, hf_config: PretrainedConfig, device: torch.device) -> bool:
+    """Whether the base goes into buffers of ours. Raises ModelError where NF4 was asked for and it can't."""
+    family = family_of(hf_config)
+    fits = model.lora is not None and device.type == "cuda" and dtype_of(model, device) == torch.bfloat16
+    if model.quantize == "nf4" and not (fits and family.shares):
+        known = ", ".join(name for name, row in FAMILIES.items() if row.shares)
+        raise ModelError(
+            f"model.quantize=nf4 is not there for this {family.name} model (it is for {known}): set model.quantize=none"
+        )
+    return fits and family.shares
+
+
+def _onto_buffers(
+    model: config.Model, hf_config: PretrainedConfig, source: Iterable[tuple[str, Any]], device: torch.device
+) -> tuple[PreTrainedModel, BaseWeights]:
+    hf_config = copy.deepcopy(hf_config)
+    before = vars(hf_config).pop("quantization_config", None) or {}
+    before = before if isinstance(before, dict) else before.to_dict()
+    if before and model.quantize == "none":
+        raise ModelError(
+            f"{model.name} is quantized already: set model.quantize=nf4, or name the model as it was before"
+        )
+    skip = before.get("llm_int8_skip_modules") or ()
+    quantize = model.quantize == "nf4"
+    try:
+        return base_model.build(hf_config, source, device=device, dtype=torch.bfloat16, quantize=quantize, skip=skip)
+    except UNREADABLE as error:
+        raise sources.unreadable(model, error) from None
 
 
 def _attention(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -61,7 +97,9 @@ def _from_config(hf_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedM
 
 def _from_pretrained(model: config.Model, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     source, hf_config = sources.locate(model), sources.read_config(model)
-    options = dict(source.options, config=hf_config, dtype=dtype, use_safetensors=True, key_mapping=TEXT_PART)
+    options = dict(
+        source.options, config=hf_config, dtype=dtype, use_safetensors=True, key_mapping=base_files.TEXT_PART
+    )
     if device.type == "cuda":
         options["device_map"] = {"": device}  # straight to the card: main memory need not hold the model
     try:

@@ -1,4 +1,4 @@
-"""What samples: the protocol that every rollout engine keeps, and the choice of one.
+"""What samples: the protocol that every rollout engine keeps (choice.py chooses one).
 
 An engine takes prompts as token ids and gives completions as token ids, with the logprob of every sampled token under
 the distribution it was really drawn from. The sampling law of training: softmax(logits / temperature) over the whole
@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from reasoner import config
+from reasoner.errors import ModelError
 from reasoner.types import Completion, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from reasoner.models.policy import Policy
 
 Decode = Callable[[Sequence[int]], str]  # ids -> text with special tokens kept
 
@@ -73,7 +71,7 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the memory that the trainer needs; only `wake` may follow."""
+        """Free the memory that the trainer needs; only `wake` and `close` may follow."""
         ...
 
     def wake(self) -> None:
@@ -95,13 +93,17 @@ def asleep(engine: Engine) -> Iterator[None]:
         engine.wake()
 
 
-def make_engine(rollout: config.Rollout, policy: "Policy", decode: Decode, *, max_context: int) -> tuple[Engine, str]:
-    """The engine that `rollout.engine` asks for, and a sentence that says which it is.
-
-    `max_context`: tokens of prompt and completion together.
-    """
-    from reasoner.rollout.hf import HfEngine
-
-    engine = HfEngine(policy, decode, max_context=max_context, max_sequences=rollout.max_sequences)
-    chosen = "auto chose hf, the engine that is always there" if rollout.engine == "auto" else "hf"
-    return engine, f"rollout.engine: {chosen}; it samples from the policy's own weights"
+def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, max_context: int, engine: Capabilities) -> None:
+    """Nothing, or ModelError if one of the prompts can't be sampled by this engine within `max_context` tokens."""
+    for prompt in prompts:
+        assert prompt.token_ids, f"prompt {prompt.id} has no tokens"
+        if prompt.images and not engine.images:
+            raise ModelError(
+                f"prompt {prompt.id} has images, which the {engine.name} engine can't read: use text-only data"
+            )
+        if len(prompt.token_ids) + sampling.max_tokens > max_context:
+            raise ModelError(
+                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens and its completion may have "
+                f"{sampling.max_tokens}, together more than the model's context of {max_context}: lower "
+                "data.max_prompt_tokens or max_completion_tokens"
+            )

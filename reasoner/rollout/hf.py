@@ -27,7 +27,7 @@ from transformers import DynamicCache
 
 from reasoner.errors import GuardTripped, ModelError
 from reasoner.models.policy import Policy
-from reasoner.rollout.engine import Capabilities, Decode, Sampling
+from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts
 from reasoner.types import Completion, Prompt
 
 # Rows that ended leave when they are this share of those held: each time costs one copy of the cache.
@@ -55,7 +55,7 @@ class HfEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
         """See `Engine.generate`. Raises GuardTripped if the scores are not finite, ModelError if memory runs out."""
         assert self.policy_step in (None, policy_step), f"weights of {self.policy_step}, asked for {policy_step}"
-        self._check(prompts, sampling)
+        check_prompts(prompts, sampling, self.max_context, self.capabilities)
         num, done = sampling.num_completions, dict[int, Completion]()
         draws = uniform_draws(prompts, sampling, policy_step)
         order = sorted(range(len(prompts) * num), key=lambda row: -len(prompts[row // num].token_ids))
@@ -85,18 +85,6 @@ class HfEngine:
 
     def close(self) -> None:
         """Nothing to give back: the model is the policy's."""
-
-    def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        for prompt in prompts:
-            assert prompt.token_ids, f"prompt {prompt.id} has no tokens"
-            if prompt.images:
-                raise ModelError(f"prompt {prompt.id} has images, which the hf engine can't read: use text-only data")
-            if len(prompt.token_ids) + sampling.max_tokens > self.max_context:
-                raise ModelError(
-                    f"prompt {prompt.id} has {len(prompt.token_ids)} tokens and its completion may have "
-                    f"{sampling.max_tokens}, together more than the model's context of {self.max_context}: lower "
-                    "data.max_prompt_tokens or max_completion_tokens"
-                )
 
     @contextmanager
     def _sampling_mode(self) -> Iterator[None]:

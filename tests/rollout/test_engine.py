@@ -1,4 +1,4 @@
-"""The choice of an engine, and sleep around training."""
+"""What every engine is asked, and sleep around training."""
 
 import subprocess
 import sys
@@ -8,21 +8,11 @@ import pytest
 import yaml
 
 from reasoner import config
-from reasoner.rollout.engine import Sampling, asleep, make_engine
+from reasoner.rollout.engine import Sampling, asleep
 from reasoner.rollout.single_turn import rollout
 from reasoner.types import Prompt
-from tests.models.tiny_models import make_policy
 
 CONFS = Path(__file__).parents[2] / "conf" / "rollout"
-
-
-@pytest.mark.parametrize("choice", ["auto", "hf"])
-def test_the_choice_is_said(choice):
-    policy = make_policy()
-    engine, said = make_engine(config.Rollout(engine=choice), policy, str, max_context=32)
-    assert engine.capabilities.name == "hf" and not engine.capabilities.own_weights
-    assert ("auto chose hf" in said) == (choice == "auto")
-    assert "hf" in said and "the policy's own weights" in said
 
 
 @pytest.mark.parametrize("path", sorted(CONFS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,8 +290,9 @@ def test_c20_on_cuda_bfloat16_sampling_logprobs_are_near_the_trainers_and_the_ge
 
 
 def test_max_sequences_of_the_conf_reaches_the_engine():
-    from reasoner.rollout.engine import make_engine
+    from reasoner.rollout.choice import make_engine
 
-    engine, _ = make_engine(config.Rollout(max_sequences=3), make_policy(), str, max_context=20)
+    conf = SimpleNamespace(rollout=config.Rollout(max_sequences=3))
+    engine = make_engine("hf", conf, make_policy(), str, max_context=20, kv_bytes=0)
     assert isinstance(engine, HfEngine)
     assert (engine.max_sequences, engine.max_context) == (3, 20)

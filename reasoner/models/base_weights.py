@@ -1,0 +1,148 @@
+"""The frozen weights of a base model, allocated once and owned here. Everything that computes holds views of them: the
+trainer's modules, and the parameters of an engine in the same process.
+
+Projections that an engine computes as one (q, k, v; gate, up) are neighbours in one buffer, in that order, so that the
+fused matrix is a view too. Nobody may move them afterwards: CUDA graphs hold their addresses. Left out: reading files
+(base_files.py) and the modules (base_model.py).
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from reasoner.models import nf4
+
+VOCABULARY_ROWS = 64  # vLLM pads embedding and head to a multiple of so many rows; the padding is zeros
+PIECE = 1 << 24  # bytes that a checksum reads at once
+
+
+class BaseWeights:
+    """Tensors by the names that transformers gives the model's parameters.
+
+    `tensors` maps each name to its view; an NF4 matrix's view is its packed bytes, and `states` (by the name of its
+    module) says how to read them. `fused_states` has the same of each whole group, by the name of its first module.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.tensors: dict[str, Tensor] = {}
+        self.states: dict[str, Any] = {}
+        self.fused_states: dict[str, Any] = {}
+        self.buffers: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, scales and padding included."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the tensor lies in one of the buffers."""
+        return tensor.untyped_storage().data_ptr() in {b.untyped_storage().data_ptr() for b in self.buffers}
+
+    def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Room for one parameter that is no matrix of a group."""
+        self.tensors[name] = self._own(shape, self.dtype)
+        return self.tensors[name]
+
+    def allocate_rows(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Room for an embedding or a head [rows, width], with zeros behind it up to a multiple of 64 rows."""
+        rows, width = shape
+        padded = -(-rows // VOCABULARY_ROWS) * VOCABULARY_ROWS
+        buffer = self._own((padded, width), self.dtype)
+        buffer[rows:].zero_()
+        self.tensors[name] = buffer[:rows]
+        return self.tensors[name]
+
+    def allocate_group(
+        self, modules: Sequence[str], rows: Sequence[int], width: int, *, bias: bool, packed: bool
+    ) -> None:
+        """Room for matrices [rows[i], width] side by side, the weights of `modules`, and for their biases."""
+        if packed:
+            self._allocate_packed(modules, rows, width)
+        else:
+            views = self._own((sum(rows), width), self.dtype).split(list(rows))
+            self.tensors |= {f"{module}.weight": view for module, view in zip(modules, views, strict=True)}
+        if bias:
+            views = self._own((sum(rows),), self.dtype).split(list(rows))
+            self.tensors |= {f"{module}.bias": view for module, view in zip(modules, views, strict=True)}
+
+    def _allocate_packed(self, modules: Sequence[str], rows: Sequence[int], width: int) -> None:
+        data = self._own((sum(rows) * width // 2, 1), torch.uint8)
+        absmax = self._own((sum(rows) * width // nf4.BLOCK,), torch.float32)
+        data_views = data.split([n * width // 2 for n in rows])
+        absmax_views = absmax.split([n * width // nf4.BLOCK for n in rows])
+        for module, n, data_view, absmax_view in zip(modules, rows, data_views, absmax_views, strict=True):
+            self.tensors[f"{module}.weight"] = data_view
+            self.states[module] = nf4.make_state(absmax_view, n, width)
+        self.fused_states[modules[0]] = nf4.make_state(absmax, sum(rows), width)
+
+    def _own(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        buffer = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        self.buffers.append(buffer)
+        return buffer
+
+    def tie(self, name: str, to: str) -> None:
+        """Give the parameter `name` the tensor of `to`."""
+        self.tensors[name] = self.tensors[to]
+
+    def fill(self, name: str, value: "Tensor | nf4.Packed") -> None:
+        """Write one weight. Raises ValueError if its shape is another."""
+        view, state = self.tensors[name], self.states.get(name.removesuffix(".weight"))
+        shape = view.shape if state is None else state.shape
+        if value.shape != shape:
+            raise ValueError(f"{name}: the file has {tuple(value.shape)}, the model {tuple(shape)}")
+        if isinstance(value, nf4.Packed):
+            self._fill_packed(view, state, value)
+        elif state is None:
+            view.copy_(value)
+        else:
+            nf4.quantize(value.to(self.device).to(self.dtype), view, state.absmax)
+
+    def _fill_packed(self, view: Tensor, state: Any, value: "nf4.Packed") -> None:
+        if state is not None:
+            view.copy_(value.data.view_as(view))
+            state.absmax.copy_(value.absmax)
+        else:
+            data, absmax = value.data.to(self.device), value.absmax.to(self.device)
+            view.copy_(nf4.dequantize(data, nf4.make_state(absmax, *value.shape)))
+
+    def view(self, names: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """One tensor over the neighbours `names`, or over one and the padding behind it; no copy.
+
+        Raises ValueError that names what is missing, not a neighbour, or too small.
+        """
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise ValueError(f"the base has no tensor {', '.join(missing)}")
+        parts = [self.tensors[name] for name in names]
+        for left, right in itertools.pairwise(parts):
+            if left.data_ptr() + left.nbytes != right.data_ptr():
+                raise ValueError(f"{', '.join(names)} are no neighbours in one buffer, so they have no fused view")
+        first = parts[0]
+        storage, offset = cast(Any, first.untyped_storage()), first.storage_offset()
+        if (offset + math.prod(shape)) * first.element_size() > storage.nbytes():
+            raise ValueError(f"{', '.join(names)}: the buffer is too small for {tuple(shape)}")
+        empty: Any = first.new_empty(0)  # the stub of set_ knows no untyped storage
+        return empty.set_(storage, offset, tuple(shape))
+
+    def matrix(self, module: str) -> Tensor:
+        """The weight of a module as numbers: itself, or what it dequantizes to."""
+        data = self.tensors[f"{module}.weight"]
+        return nf4.dequantize(data, self.states[module]) if module in self.states else data
+
+    def checksum(self) -> int:
+        """A number that changes with any bit: of its bytes, weighted by their places, modulo 2^64."""
+        return hash(tuple(_checksum(buffer) for buffer in self.buffers))
+
+
+def _checksum(buffer: Tensor) -> int:
+    total = 0
+    pieces: Iterable[Tensor] = buffer.flatten().view(torch.uint8).split(PIECE)
+    for number, piece in enumerate(pieces):
+        places = torch.arange(1, 2 * len(piece), 2, dtype=torch.int64, device=piece.device)
+        total += (2 * number + 1) * int((piece.to(torch.int64) * (places * places)).sum())
+    return total % (1 << 64)

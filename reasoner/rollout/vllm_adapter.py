@@ -1,0 +1,96 @@
+"""The policy's adapter as the engine's linear layers read it: 16-bit copies in buffers that never move.
+
+x A^T B^T is added inside the layer's own product, so vLLM's LoRA slots, request names and private manager are not
+needed, any rank will do, and no atomic sums make two runs differ. A's of a fused projection are one buffer and one
+matmul. Left out: several adapters at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from reasoner.models.adapters import place_of
+from reasoner.models.base_model import siblings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterPart:
+    """What one engine layer adds: S adapted parts of rank r, K inputs."""
+
+    a: Tensor  # [S r, K]
+    b: tuple[tuple[slice, slice, Tensor], ...]  # of each part: its outputs, its rows of A, B [outputs, r]
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """out [.., outputs] += scaling * x A^T B^T, in place; x [.., K]."""
+        low = linear(x, self.a).flatten(0, -2)
+        flat = out.view(-1, out.shape[-1])
+        for outputs, ranks, b in self.b:
+            flat[:, outputs].addmm_(low[:, ranks], b.t())
+        return out
+
+
+class EngineAdapter:
+    """Every layer's `AdapterPart`, refilled at once."""
+
+    def __init__(self, state: Mapping[str, Tensor], rows: Mapping[str, int], scaling: float, dtype: torch.dtype):
+        """`state`: the trained matrices by name, as they are now; `rows`: how many outputs each module of the base has
+        (unadapted siblings shift those after them)."""
+        self.scaling = scaling
+        self._parts: dict[str, AdapterPart] = {}
+        self._targets: dict[str, Tensor] = {}  # by the trained matrix's name
+        names = {place_of(name): name for name in state}
+        modules = dict.fromkeys(module for module, _ in names)
+        for module in modules:
+            group = [sibling for sibling in siblings(module) if sibling in rows]
+            if group[0] not in self._parts:
+                adapted = [sibling for sibling in group if sibling in modules]
+                self._parts[group[0]] = self._make_part(group, adapted, state, names, rows, dtype)
+        self.load(state)
+
+    def _make_part(
+        self,
+        group: Sequence[str],
+        adapted: Sequence[str],
+        state: Mapping[str, Tensor],
+        names: Mapping[tuple[str, str], str],
+        rows: Mapping[str, int],
+        dtype: torch.dtype,
+    ) -> AdapterPart:
+        first = state[names[adapted[0], "A"]]
+        rank = first.shape[0]
+        a = first.new_zeros((len(adapted) * rank, first.shape[1]), dtype=dtype)
+        pieces = []
+        for i, module in enumerate(adapted):
+            begin = sum(rows[before] for before in group[: group.index(module)])
+            ranks = slice(i * rank, (i + 1) * rank)
+            b = first.new_zeros((rows[module], rank), dtype=dtype)
+            self._targets[names[module, "A"]], self._targets[names[module, "B"]] = a[ranks], b
+            pieces.append((slice(begin, begin + rows[module]), ranks, b))
+        return AdapterPart(a, tuple(pieces))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(target.nbytes for target in self._targets.values())
+
+    def part(self, modules: Sequence[str]) -> AdapterPart | None:
+        """What the engine's layer over these modules of the base adds; None where none of them is adapted."""
+        return self._parts.get(modules[0])
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the trained matrices, B scaled, rounded once; they themselves stay as they are.
+
+        A few kernels for all of them (`_foreach_*`), where a copy each would be four hundred.
+        """
+        assert state.keys() == self._targets.keys(), set(state) ^ set(self._targets)
+        down = [name for name in state if place_of(name)[1] == "A"]
+        up = [name for name in state if place_of(name)[1] == "B"]
+        many: Any = torch  # its stubs leave the `_foreach_*` out
+        many._foreach_copy_([self._targets[name] for name in down], [state[name] for name in down])
+        scaled = many._foreach_mul([state[name].detach() for name in up], self.scaling)
+        many._foreach_copy_([self._targets[name] for name in up], scaled)

@@ -1,0 +1,294 @@
+# pyright: reportMissingImports=false
+# (vLLM is there only on GPU machines.)
+"""Samples with vLLM in this process, from the trainer's own weights: CUDA graphs, a paged cache, continuous batching.
+
+The base is not copied (vllm_weights.py), the adapter is refilled in place (vllm_adapter.py), the cache is asleep while
+the trainer works. Each prompt's draws come from a seed of its own, made of (seed, policy_step, the prompt's id, how
+often that id came before in this call). Blocks of the prefix cache carry the policy step in their key and are dropped
+at every hand-over. Left out: several GPUs, several adapters, images.
+"""
+
+import json
+import os
+import platform
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from reasoner import config
+from reasoner.errors import GuardTripped, ModelError
+from reasoner.models.adapters import linear_rows
+from reasoner.models.policy import Policy
+from reasoner.rollout.canary import Canary, Reading
+from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts
+from reasoner.rollout.platform import engine_environment
+from reasoner.rollout.vllm_adapter import EngineAdapter
+from reasoner.types import Completion, Prompt
+
+PROBE_TOKENS = 256
+GIB = 2**30
+# In this process, and nothing sent anywhere. FlashInfer's sampler is an extra package, and not used here.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+DEFAULTS = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # The newer runner draws with each request's own seed in one kernel; the older one makes a call for each request.
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
+
+
+class VllmEngine:
+    """An `Engine` over a policy with an adapter on a CUDA card."""
+
+    capabilities = Capabilities(name="vllm", own_weights=True, images=False)
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Decode,
+        rollout: config.Rollout,
+        *,
+        max_context: int,
+        kv_bytes: int,
+        model_path: str | None = None,
+    ):
+        """`max_context`: tokens of prompt and completion together, of the longest there will be. `kv_bytes`: of the
+        cache. `model_path`: a folder or hub id for an engine that loads weights of its own (rollout.share_base=false).
+
+        Raises ModelError where the card has no room.
+        """
+        self.policy, self.decode, self.max_context = policy, decode, max_context
+        self.policy_step: int | None = None
+        self.adapter = EngineAdapter(
+            policy.trainable(), linear_rows(policy.base), policy.adapter_scaling, policy.head_weight.dtype
+        )
+        self._folder = Path(tempfile.mkdtemp(prefix="reasoner-vllm-"))
+        _write_config(policy, self._folder)
+        self.llm: Any = None
+        self._awake = True
+        self._probe: tuple[int, ...] = ()  # tokens for the canary; of the first call to generate
+        self._canary = Canary(lambda: self.score(self._probe), lambda: policy.score(self._probe).cpu())
+        self.reading: Reading | None = None  # what the canary last found
+        _set_environment()
+        with _random_state_kept():
+            self.llm, self.build_memory = _start(
+                self._folder, policy, self.adapter, rollout, max_context, kv_bytes, model_path
+            )
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
+        """See `Engine.generate`. Raises GuardTripped if the scores are not finite, ModelError if memory runs out."""
+        assert self.policy_step in (None, policy_step), f"weights of {self.policy_step}, asked for {policy_step}"
+        check_prompts(prompts, sampling, self.max_context, self.capabilities)
+        if not prompts:
+            return []
+        # The likeliest completion is one; vLLM refuses to make copies of it.
+        num = sampling.num_completions if sampling.temperature > 0 else 1
+        outputs = self._run(
+            [{"prompt_token_ids": list(p.token_ids), "cache_salt": str(policy_step)} for p in prompts],
+            [_parameters(sampling, num, seed) for seed in prompt_seeds(prompts, sampling, policy_step)],
+        )
+        found = [[self._completion(one, policy_step) for one in output.outputs] for output in outputs]
+        if not self._probe:
+            whole = [p.token_ids + several[0].token_ids for p, several in zip(prompts, found, strict=True)]
+            self._probe = max(whole, key=len)[: min(PROBE_TOKENS, self.max_context - 1)]
+        return [several * (sampling.num_completions // num) for several in found]
+
+    def load_adapter(self, state: Mapping[str, Tensor], policy_step: int) -> None:
+        """Copy the adapter, forget what the cache knows of the old one, and look at the canary.
+
+        Raises GuardTripped where the engine did not follow.
+        """
+        assert self._awake, "a sleeping engine has no room to look with"
+        self.adapter.load(state)
+        self.policy_step = policy_step
+        if not self.llm.reset_prefix_cache():
+            raise AssertionError("the prefix cache is in use between two calls")
+        if self._probe:
+            self.reading = self._canary.look()
+
+    def sleep(self) -> None:
+        """Unmap the cache; its contents are lost."""
+        self.llm.sleep(level=1)
+        self._awake = False
+
+    def wake(self) -> None:
+        """Map the cache again, empty. Raises ModelError where the trainer left no room."""
+        torch.cuda.empty_cache()
+        try:
+            self.llm.wake_up()
+        except RuntimeError as error:
+            free = torch.cuda.mem_get_info()[0] / GIB
+            raise ModelError(
+                f"no room to wake the cache ({free:.1f} GiB free): lower rollout.kv_gib or tokens_per_micro_batch"
+            ) from error
+        self._awake = True
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        if self.llm is not None:
+            if not self._awake:
+                self.wake()
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+        torch.cuda.empty_cache()
+
+    def score(self, token_ids: Sequence[int]) -> Tensor:
+        """log p(token | those before it) of every token but the first, at temperature 1, by the engine.
+
+        The twin of `Policy.score`: float32 [T - 1], on the CPU.
+        """
+        from vllm import SamplingParams
+
+        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._run([{"prompt_token_ids": list(token_ids)}], [asked])
+        pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return torch.tensor([found[token].logprob for token, found in pairs])
+
+    def _run(self, prompts: list[dict[str, Any]], parameters: list[Any]) -> list[Any]:
+        try:
+            return self.llm.generate(prompts, parameters, use_tqdm=False)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                "out of memory while sampling: lower rollout.max_sequences or rollout.max_batched_tokens, or raise "
+                "rollout.keep_free_gib"
+            ) from error
+
+    def _completion(self, output: Any, policy_step: int) -> Completion:
+        ids, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
+        # One entry a token was asked for; more would mean that the sampled one has to be looked for.
+        assert list(output.logprobs.token_ids) == list(ids) and output.finish_reason in ("stop", "length"), output
+        if not all(logprob > float("-inf") for logprob in logprobs):
+            raise GuardTripped(
+                f"the model's scores are not finite at policy step {policy_step}: its weights have diverged; go on "
+                "from an earlier checkpoint with a lower learning rate"
+            )
+        stopped = output.finish_reason == "stop"
+        return Completion(
+            token_ids=ids,
+            sampled=(True,) * len(ids),
+            sampling_logprobs=logprobs,
+            text=self.decode(ids[:-1] if stopped else ids),
+            finish_reason=output.finish_reason,
+            policy_step_min=policy_step,
+            policy_step_max=policy_step,
+        )
+
+
+def prompt_seeds(prompts: Sequence[Prompt], sampling: Sampling, policy_step: int) -> list[int]:
+    """A seed of 62 bits for each prompt, so that vLLM may add the number of the completion to it."""
+    seen, seeds = Counter[str](), []
+    for prompt in prompts:
+        key = f"{sampling.seed} {policy_step} {seen[prompt.id]} {prompt.id}"
+        seen[prompt.id] += 1
+        seeds.append(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") >> 2)
+    return seeds
+
+
+def capture_sizes(max_sequences: int) -> list[int]:
+    """Batch sizes with a CUDA graph of their own; others are padded up to the next. Each costs start-up time and
+    memory, so the large ones are 32 apart."""
+    small = [size for size in (1, 2, 4, 8, 16) if size < max_sequences]
+    return [*small, *range(32, max_sequences, 32), max_sequences]
+
+
+def _parameters(sampling: Sampling, num: int, seed: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=num,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_ids),
+        ignore_eos=True,  # ours alone stop
+        logprobs=0,  # of the sampled token, and of no other
+        flat_logprobs=True,
+        detokenize=False,
+        seed=seed if sampling.temperature > 0 else None,
+    )
+
+
+def _start(
+    folder: Path,
+    policy: Policy,
+    adapter: EngineAdapter,
+    rollout: config.Rollout,
+    max_context: int,
+    kv_bytes: int,
+    model_path: str | None,
+) -> tuple[Any, Any]:
+    from vllm import LLM
+
+    from reasoner.rollout import vllm_weights
+
+    memory = vllm_weights.register(None if model_path else policy.weights, adapter)
+    try:
+        llm = LLM(
+            model=model_path or str(folder),
+            revision=policy.revision if model_path else None,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype="bfloat16",
+            load_format="auto" if model_path else vllm_weights.LOAD_FORMAT,
+            quantization=vllm_weights.QUANTIZATION,
+            max_model_len=max_context,
+            max_num_seqs=rollout.max_sequences,
+            max_num_batched_tokens=max(rollout.max_batched_tokens, rollout.max_sequences),
+            kv_cache_memory_bytes=kv_bytes,
+            gpu_memory_utilization=0.01,  # is checked, and then not used: kv_cache_memory_bytes decides
+            enable_sleep_mode=True,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+            disable_log_stats=True,
+            # Without inductor: seconds to start instead of minutes, and faster here too.
+            compilation_config={
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": capture_sizes(rollout.max_sequences),
+            },
+        )
+    except torch.OutOfMemoryError as error:
+        free = torch.cuda.mem_get_info()[0] / GIB
+        raise ModelError(
+            f"out of memory while vLLM started with a cache of {kv_bytes / GIB:.1f} GiB ({free:.1f} GiB were free): "
+            "lower rollout.kv_gib, rollout.max_batched_tokens or rollout.max_sequences"
+        ) from error
+    return llm, memory
+
+
+def _write_config(policy: Policy, folder: Path) -> None:
+    """config.json, all that vLLM reads of a model whose weights it is handed."""
+    settings = policy.base.config.to_dict()
+    for of_the_file in ("quantization_config", "_name_or_path", "torch_dtype", "transformers_version"):
+        settings.pop(of_the_file, None)
+    settings |= {"architectures": [type(policy.base).__name__], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(settings, default=str), encoding="utf-8")
+
+
+def _set_environment() -> None:
+    needed, _ = engine_environment(platform.release())
+    os.environ.update(ENVIRONMENT)
+    for name, value in (DEFAULTS | needed).items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds Python's, numpy's and torch's generators when it starts; afterwards they are what they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)

@@ -1,0 +1,200 @@
+# pyright: reportMissingImports=false
+# (vLLM is there only on GPU machines.)
+"""vLLM's model on the trainer's weights and adapter: nothing is copied, converted or allocated a second time.
+
+Two documented extension points of vLLM do it. A *load format* makes vLLM's module on meta and gives each parameter a
+view of `BaseWeights`. A *quantization* gives each linear layer a method of ours, which multiplies with the base, NF4 or
+16-bit, and adds the adapter from buffers that `EngineAdapter` refills in place: CUDA graphs read the new values. vLLM's
+own LoRA stays off. Left out: experts, tensor parallelism.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from reasoner.models import nf4
+from reasoner.models.base_model import EmptyOnMeta
+from reasoner.models.base_weights import BaseWeights
+from reasoner.rollout.hf import head_logits
+from reasoner.rollout.vllm_adapter import AdapterPart, EngineAdapter
+
+LOAD_FORMAT = "reasoner_shared"
+QUANTIZATION = "reasoner"
+
+
+class PlainMethod(UnquantizedLinearMethod):
+    """x W^T + bias, then the adapter."""
+
+    def __init__(self, part: AdapterPart | None):
+        super().__init__()
+        self.part = part
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = super().apply(layer, x, bias)
+        return out if self.part is None else self.part.add_to(out, x)
+
+
+class Nf4Method(LinearMethodBase):
+    """The same over NF4: one matmul for a fused projection, where vLLM's own makes one for each part and a copy."""
+
+    def __init__(self, part: AdapterPart | None, state: Any):
+        self.part = part
+        self.state = state
+
+    def create_weights(  # the signature is vLLM's
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        assert (sum(output_partition_sizes), input_size_per_partition) == tuple(self.state.shape)
+        packed = torch.empty(self.state.shape.numel() // 2, 1, dtype=torch.uint8)
+        weight = nn.Parameter(packed, requires_grad=False)
+        set_weight_attrs(weight, extra_weight_attrs)
+        layer.register_parameter("weight", weight)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = nf4.matmul(x, cast(Tensor, layer.weight), self.state, bias)
+        return out if self.part is None else self.part.add_to(out, x)
+
+
+class Float32Head(UnquantizedEmbeddingMethod):
+    """The head's scores in float32, as the trainer has them: rounded to 16 bits they are a fifth of the mismatch."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        scores = head_logits(x, cast(Tensor, layer.weight))
+        return scores if bias is None else scores + bias
+
+
+@dataclass(slots=True)
+class BuildMemory:
+    """What vLLM allocated while its module was made: bytes left, and at most."""
+
+    left: int = 0
+    peak: int = 0
+
+
+def register(weights: BaseWeights | None, adapter: EngineAdapter) -> BuildMemory:
+    """Teach vLLM the load format and the quantization for the next engine of this process.
+
+    They reach the weights by closure, because vLLM copies what stands in its configs. `weights` None: vLLM loads its
+    own, 16-bit.
+    """
+    _register_methods(weights.fused_states if weights else {}, adapter)
+    memory = BuildMemory()
+    if weights is not None:
+        _register_loader(weights, memory)
+    return memory
+
+
+def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter) -> None:
+    @register_quantization_config(QUANTIZATION)
+    class Config(QuantizationConfig):  # pyright: ignore[reportUnusedClass]
+        """Which method serves which layer."""
+
+        def get_name(self) -> str:
+            return QUANTIZATION
+
+        def get_supported_act_dtypes(self) -> list[torch.dtype]:
+            return [torch.bfloat16]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 80  # bfloat16
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> "Config":
+            return cls()
+
+        def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+            if isinstance(layer, VocabParallelEmbedding):
+                return Float32Head()
+            if not isinstance(layer, LinearBase):
+                return None
+            names = parts_of(prefix, self.packed_modules_mapping)
+            state = states.get(names[0])
+            part = adapter.part(names)
+            return PlainMethod(part) if state is None else Nf4Method(part, state)
+
+
+def _register_loader(weights: BaseWeights, memory: BuildMemory) -> None:
+    @register_model_loader(LOAD_FORMAT)
+    class Loader(BaseModelLoader):  # pyright: ignore[reportUnusedClass]
+        """Makes vLLM's module without weights and binds it to the trainer's."""
+
+        def download_model(self, model_config: Any) -> None:
+            """Nothing to fetch."""
+
+        def load_weights(self, model: nn.Module, model_config: Any) -> None:
+            bind(model, weights)
+
+        def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+            device = torch.device("cuda", torch.cuda.current_device())
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with set_default_torch_dtype(model_config.dtype), device, EmptyOnMeta():
+                model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            self.load_weights(model, model_config)
+            process_weights_after_loading(model, model_config, device)
+            memory.left = torch.cuda.memory_allocated() - before
+            memory.peak = torch.cuda.max_memory_allocated() - before
+            return model.eval()
+
+
+def parts_of(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
+    """The trainer's modules that an engine's module computes as one.
+
+    >>> parts_of("model.layers.0.mlp.gate_up_proj", {"gate_up_proj": ["gate_proj", "up_proj"]})
+    ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
+    """
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{part}" if parent else part for part in packed.get(leaf, [leaf])]
+
+
+def bind(model: nn.Module, weights: BaseWeights) -> None:
+    """Give every parameter of vLLM's module the trainer's memory, keeping its class and attributes.
+
+    Modules are walked, not `model.named_parameters()`, which would pass over a tied head. Raises ValueError with the
+    name of a parameter that the trainer does not have, or not as neighbours.
+    """
+    packed: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
+    for owner, module in model.named_modules():
+        for leaf, old in list(module.named_parameters(recurse=False)):
+            names = [f"{part}.{leaf}" for part in parts_of(owner, packed)]
+            new = nn.Parameter(weights.view(names, old.shape), requires_grad=False)
+            if new.dtype != old.dtype:
+                raise ValueError(f"{owner}.{leaf}: the engine wants {old.dtype}, the base has {new.dtype}")
+            new.__class__ = old.__class__
+            vars(new).update(vars(old))
+            module.register_parameter(leaf, new)
+    check_bound(model, weights)
+
+
+def check_bound(model: nn.Module, weights: BaseWeights) -> None:
+    """Raises ValueError that names what lies outside the trainer's memory: no byte of a parameter may."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not weights.owns(parameter):
+            raise ValueError(f"the engine's {name} is not the trainer's: {parameter.nbytes} bytes outside")
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        raise ValueError(f"the engine's {', '.join(left)} have no values")

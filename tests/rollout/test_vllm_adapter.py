@@ -1,0 +1,103 @@
+"""The engine's copy of the adapter, on the CPU: every projection arrives where it belongs, scaled once, and the
+trainer's tensors stay as they are. Rows are PITFALLS.md D1, D2 and D6."""
+
+import pytest
+import torch
+
+from reasoner import config
+from reasoner.models.adapters import linear_rows, place_of
+from reasoner.models.base_model import GROUPS
+from reasoner.rollout.vllm_adapter import EngineAdapter
+from tests.models.tiny_models import TARGETS, make_policy
+
+LAYER = "model.layers.1"
+PARENT = {leaf: "self_attn" if leaf[0] in "qkvo" else "mlp" for leaf in TARGETS}
+
+
+def adapted(targets=TARGETS, r: int = 3, **how):
+    policy = make_policy("qwen2", lora=config.Lora(r=r, alpha=6, targets=targets, **how))
+    generator = torch.Generator().manual_seed(7)
+    for weight in policy.trainable().values():
+        weight.data.normal_(generator=generator)
+    return policy
+
+
+def copy_of(policy) -> EngineAdapter:
+    return EngineAdapter(policy.trainable(), linear_rows(policy.base), policy.adapter_scaling, torch.float32)
+
+
+def modules_of(leaf: str) -> list[str]:
+    group = next((group for group in GROUPS if leaf in group), (leaf,))
+    return [f"{LAYER}.{PARENT[leaf]}.{sibling}" for sibling in group]
+
+
+def added(adapter: EngineAdapter, leaf: str, x: torch.Tensor, outputs: int) -> torch.Tensor:
+    part = adapter.part(modules_of(leaf))
+    assert part is not None
+    return part.add_to(torch.zeros(*x.shape[:-1], outputs), x)
+
+
+def truth(policy, leaf: str, x: torch.Tensor) -> torch.Tensor:
+    """What peft adds, siblings side by side."""
+    found = []
+    for module in modules_of(leaf):
+        layer = policy.base.get_submodule(module)
+        if hasattr(layer, "lora_A"):
+            low = layer.lora_A["policy"](x)
+            found.append(layer.lora_B["policy"](low) * layer.scaling["policy"])
+        else:
+            found.append(torch.zeros(*x.shape[:-1], layer.out_features))
+    return torch.cat(found, -1)
+
+
+@pytest.mark.parametrize("leaf", ["q_proj", "o_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("targets", [TARGETS, ("k_proj", "o_proj", "up_proj", "down_proj"), ("v_proj", "q_proj")])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_d6_a_layer_adds_what_peft_adds(leaf: str, targets, rslora: bool) -> None:
+    policy = adapted(targets, rslora=rslora)
+    adapter = copy_of(policy)
+    if not any(module.rpartition(".")[2] in targets for module in modules_of(leaf)):
+        assert adapter.part(modules_of(leaf)) is None
+        return
+    width = policy.base.get_submodule(modules_of(leaf)[0]).in_features
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+    expected = truth(policy, leaf, x)
+    torch.testing.assert_close(added(adapter, leaf, x, expected.shape[-1]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("leaf", TARGETS)
+def test_d2_each_projection_alone_arrives(leaf: str) -> None:
+    policy = adapted()
+    adapter = copy_of(policy)
+    for name, weight in policy.trainable().items():
+        if not place_of(name)[0].endswith(leaf):
+            weight.data.zero_()
+    adapter.load(policy.trainable())
+    width = policy.base.get_submodule(modules_of(leaf)[0]).in_features
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+    expected = truth(policy, leaf, x)
+    found = added(adapter, leaf, x, expected.shape[-1])
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_d1_three_hand_overs_leave_the_trainers_tensors_bit_equal_and_the_buffers_in_place() -> None:
+    policy = adapted()
+    before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+    adapter = copy_of(policy)
+    places = {name: target.data_ptr() for name, target in adapter._targets.items()}
+    for _ in range(3):
+        adapter.load(policy.trainable())
+    assert all(torch.equal(before[name], weight) for name, weight in policy.trainable().items())
+    assert places == {name: target.data_ptr() for name, target in adapter._targets.items()}
+    name = next(name for name in places if "lora_B" in name)
+    assert torch.equal(adapter._targets[name], before[name] * 2)  # alpha / r, once
+
+
+def test_an_adapter_of_other_names_is_our_own_mistake() -> None:
+    policy = adapted()
+    state = dict(policy.trainable())
+    adapter = copy_of(policy)
+    state.pop(next(iter(state)))
+    with pytest.raises(AssertionError):
+        adapter.load(state)

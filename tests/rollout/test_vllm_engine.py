@@ -1,0 +1,198 @@
+"""vLLM on the trainer's weights, on a real card: nothing is copied, every change arrives, sleep loses nothing.
+
+An engine takes seconds to start, so each test makes one and asks it everything. Rows are PITFALLS.md D1-D4 and D11-D14.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy
+import pytest
+import torch
+
+from reasoner import config
+from reasoner.errors import GuardTripped, ModelError
+from reasoner.models.policy import Policy
+from reasoner.rollout.engine import Sampling, asleep
+from reasoner.types import Completion, Prompt
+from tests.rollout.vllm_models import FAMILIES, VOCABULARY, change, make_policy
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.filterwarnings("default"),  # vLLM's imports warn of their own dependencies
+]
+KV_BYTES = 256 << 20
+CONTEXT = 512
+PROMPTS = tuple(tuple(3 + (7 * i + k) % 480 for k in range(20 + 11 * i)) for i in range(8))
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def start(policy: Policy, **settings) -> object:
+    from reasoner.rollout.vllm_engine import VllmEngine
+
+    rollout = config.Rollout(**{"max_sequences": 64, "max_batched_tokens": 1024, **settings})
+    return VllmEngine(policy, str, rollout, max_context=CONTEXT, kv_bytes=KV_BYTES)
+
+
+@pytest.fixture
+def engines() -> Iterator[list]:
+    """Engines to close, whatever happened."""
+    made: list = []
+    yield made
+    for engine in made:
+        engine.close()
+
+
+def prompts_of(rows: Sequence[tuple[int, ...]] = PROMPTS) -> list[Prompt]:
+    return [Prompt(id=f"test:{i}", text="", answer="", columns={}, token_ids=ids) for i, ids in enumerate(rows)]
+
+
+def sampling(**changes) -> Sampling:
+    return Sampling(
+        **{"temperature": 1.0, "max_tokens": 24, "num_completions": 4, "stop_ids": (), "seed": 0, **changes}
+    )
+
+
+def gaps(policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> torch.Tensor:
+    """Engine's - trainer's logprobs of every sampled token: [completions, tokens], equal lengths."""
+    rows = []
+    for prompt, several in zip(prompts, completions, strict=True):
+        for completion in several:
+            scored = policy.score(prompt.token_ids + completion.token_ids)[len(prompt.token_ids) - 1 :]
+            rows.append(torch.tensor(completion.sampling_logprobs) - scored.cpu())
+    return torch.stack(rows)
+
+
+CASES = [(family, True) for family in FAMILIES] + [("llama", False), ("qwen2", False), ("gemma3_text", False)]
+
+
+@pytest.mark.parametrize(("family", "nf4"), CASES, ids=[f"{f}-{'nf4' if q else 'bf16'}" for f, q in CASES])
+def test_one_base_two_readers(family: str, nf4: bool, engines: list) -> None:
+    policy = make_policy(family, nf4=nf4)
+    assert policy.weights is not None and bool(policy.weights.states) == nf4
+    checksum = policy.weights.checksum()
+    before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+    allocated = torch.cuda.memory_allocated()
+    engine = start(policy)
+    engines.append(engine)
+    assert engine.build_memory.peak < 48 << 20, (engine.build_memory, allocated)
+    prompts = prompts_of()
+    old = None
+    for step in range(3):  # three adapters in a row each arrive
+        change(policy, seed=10 + step)
+        if step:  # D4: what the cache knows of the old adapter is wrong, and a hand-over forgets it
+            engine.adapter.load(policy.trainable())
+            stale = engine.generate(prompts, sampling(max_tokens=1, num_completions=1), policy_step=step - 1)
+            stale_gap = gaps(policy, prompts, stale).abs().mean()
+        engine.load_adapter(policy.trainable(), step)
+        completions = engine.generate(prompts, sampling(), policy_step=step)
+        off = gaps(policy, prompts, completions)
+        assert off.abs().mean() < 0.03 and abs(float(off.exp().mean()) - 1) < 0.02, (step, off.abs().mean())
+        if step:
+            assert stale_gap > 5 * off[:, 0].abs().mean(), (stale_gap, off[:, 0].abs().mean())
+            change(policy, seed=10 + step - 1)
+            old = gaps(policy, prompts, completions).abs().mean()
+            change(policy, seed=10 + step)
+            assert old > 3 * off.abs().mean()  # the old adapter would be seen
+    leaves = LEAVES if family != "phi3" else ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    for number, leaf in enumerate(leaves):  # D2: each projection alone
+        change(policy, seed=50 + number, std=0.1, only=leaf)
+        engine.load_adapter(policy.trainable(), 100 + number)
+        completions = engine.generate(prompts, sampling(), policy_step=100 + number)
+        off = gaps(policy, prompts, completions).abs().mean()
+        with policy.model.disable_adapter():
+            without = gaps(policy, prompts, completions).abs().mean()
+        assert off < 0.03 and without > 2 * off, (leaf, off, without)
+    for name, weight in policy.trainable().items():  # D1: ours are not scaled in place
+        if "lora_A" in name:
+            assert torch.equal(weight, before[name])
+    for _ in range(3):  # D12
+        with asleep(engine):
+            (-policy.logprobs(batch_of(policy), temperature=1.0).logprobs.sum()).backward()
+            for weight in policy.trainable().values():
+                assert weight.grad is not None and weight.grad.isfinite().all()
+                weight.grad = None
+        assert gaps(policy, prompts, engine.generate(prompts, sampling(), policy_step=106 if family != "phi3" else 103)
+                    ).abs().mean() < 0.03  # fmt: skip
+    assert policy.weights.checksum() == checksum
+
+
+def batch_of(policy: Policy):
+    from reasoner.models.attention import Layout
+    from reasoner.models.policy import OneSequence
+
+    ids = torch.arange(3, 203, device=policy.device)
+    layout = Layout.of([200], policy.device)
+    return OneSequence(ids, layout, layout.positions > 0)
+
+
+def test_the_contract_of_engines(engines: list) -> None:
+    """C3, C4, D13, D14, D18 as for every engine (test_engine_contract.py), on one engine."""
+    policy = make_policy("llama", nf4=True)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    engine = start(policy)
+    engines.append(engine)
+    prompts = prompts_of()
+    first = engine.generate(prompts, sampling(), policy_step=3)
+    assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(torch.cuda.get_rng_state(), states[1])
+    assert random.getstate() == states[2] and numpy.random.get_state()[1].tolist() == states[3]
+    assert engine.generate(prompts, sampling(), policy_step=3) == first  # an adapter and all, bit for bit
+    assert engine.generate(prompts, sampling(), policy_step=4) != first
+    assert engine.generate(prompts, sampling(seed=1), policy_step=3) != first
+    assert len({c.token_ids for several in first for c in several}) == 4 * len(prompts)
+    twice = engine.generate([prompts[0], prompts[0]], sampling(num_completions=8), policy_step=0)
+    assert len({c.token_ids for several in twice for c in several}) == 16
+    greedy = engine.generate(prompts, sampling(temperature=0.0), policy_step=0)
+    assert all(len(set(c.token_ids for c in several)) == 1 and len(several) == 4 for several in greedy)
+    assert gaps(policy, prompts, greedy).abs().mean() < 0.03
+    cold = engine.generate(prompts, sampling(temperature=0.6), policy_step=0)
+    for several, prompt in zip(cold, prompts, strict=True):  # D8: of the distribution that was sampled from
+        for c in several:
+            ids = torch.tensor(prompt.token_ids + c.token_ids, device="cuda")
+            found = policy.logprobs(one(ids), temperature=0.6).logprobs[len(prompt.token_ids) :]
+            assert (torch.tensor(c.sampling_logprobs) - found.detach().cpu()).abs().mean() < 0.06
+    stops = tuple(range(0, VOCABULARY, 9))
+    stopped = engine.generate(prompts, sampling(stop_ids=stops, num_completions=16), policy_step=0)
+    for c in (c for several in stopped for c in several):
+        assert not set(c.token_ids[:-1]) & set(stops) and len(c.sampling_logprobs) == len(c.token_ids)
+        assert c.finish_reason == ("stop" if c.token_ids[-1] in stops else "length")
+        assert c.text == str(c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids)
+    with pytest.raises(ModelError, match=r"prompt test:0 has 500 tokens .* 24, .* context of 512"):
+        engine.generate(prompts_of([tuple(range(500))]), sampling(), policy_step=0)
+    assert engine.generate([], sampling(), policy_step=0) == []
+    seen = {c.token_ids[0] for c in engine.generate(prompts_of(PROMPTS[:1]), sampling(max_tokens=1, num_completions=4000),
+            policy_step=0)[0]}  # fmt: skip
+    assert len(seen) > 150 and max(seen) < VOCABULARY  # no hidden top-k
+
+
+def one(ids: torch.Tensor):
+    from reasoner.models.attention import Layout
+    from reasoner.models.policy import OneSequence
+
+    layout = Layout.of([len(ids)], ids.device)
+    return OneSequence(ids, layout, layout.positions > 0)
+
+
+def test_the_canary_stops_an_engine_that_does_not_follow(engines: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy("llama", nf4=True)
+    engine = start(policy)
+    engines.append(engine)
+    engine.generate(prompts_of(), sampling(), policy_step=0)
+    for step in range(3):
+        change(policy, seed=20 + step)
+        engine.load_adapter(policy.trainable(), step)
+        assert step == 0 or engine.reading.arrived > 0.8
+    monkeypatch.setattr(engine.adapter, "load", lambda state: None)
+    change(policy, seed=30)
+    with pytest.raises(GuardTripped, match="samples from other weights"):
+        engine.load_adapter(policy.trainable(), 3)
+
+
+def test_a_base_with_its_parts_in_disorder_is_refused_by_name(engines: list) -> None:
+    policy = make_policy("llama", nf4=False)
+    assert policy.weights is not None
+    lost = "model.layers.1.self_attn.k_proj.weight"
+    policy.weights.tensors[lost] = policy.weights.tensors[lost].clone()
+    with pytest.raises(ValueError, match=rf"{lost}.* no neighbours"):
+        start(policy)
