@@ -138,6 +138,13 @@ def test_relative_files_are_found_by_the_working_directory_and_by_the_confs_fold
     assert values["reward"]["parts"]["accuracy"]["fn"] == f"{tmp_path / 'judge.py'}:score"
 
 
+def test_a_conf_takes_away_the_sets_of_the_one_it_builds_on(tmp_path: Path):
+    """As in the README: null is the only word for it, since sections merge."""
+    (tmp_path / "mine.yaml").write_text("defaults: [gsm8k, _self_]\nevaluate: {sets: null}\n")
+    assert validate(compose_conf(str(tmp_path / "mine.yaml")).values).evaluate.sets == {}
+    assert list(validate(compose_conf("gsm8k").values).evaluate.sets) == ["gsm8k_test"]
+
+
 def test_rewrite_leaves_hydras_own_grammar_alone():
     groups = {"loss", "optim", "reward"}
     assert rewrite("optim@grpo.optim=adamw", groups) == ["optim@grpo.optim=adamw"]
