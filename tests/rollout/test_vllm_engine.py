@@ -113,8 +113,8 @@ def test_one_base_two_readers(family: str, nf4: bool, engines: list) -> None:
             for weight in policy.trainable().values():
                 assert weight.grad is not None and weight.grad.isfinite().all()
                 weight.grad = None
-        assert gaps(policy, prompts, engine.generate(prompts, sampling(), policy_step=106 if family != "phi3" else 103)
-                    ).abs().mean() < 0.03  # fmt: skip
+        again = engine.generate(prompts, sampling(), policy_step=99 + len(leaves))
+        assert gaps(policy, prompts, again).abs().mean() < 0.03
     assert policy.weights.checksum() == checksum
 
 
@@ -144,7 +144,7 @@ def test_the_contract_of_engines(engines: list) -> None:
     twice = engine.generate([prompts[0], prompts[0]], sampling(num_completions=8), policy_step=0)
     assert len({c.token_ids for several in twice for c in several}) == 16
     greedy = engine.generate(prompts, sampling(temperature=0.0), policy_step=0)
-    assert all(len(set(c.token_ids for c in several)) == 1 and len(several) == 4 for several in greedy)
+    assert all(len({c.token_ids for c in several}) == 1 and len(several) == 4 for several in greedy)
     assert gaps(policy, prompts, greedy).abs().mean() < 0.03
     cold = engine.generate(prompts, sampling(temperature=0.6), policy_step=0)
     for several, prompt in zip(cold, prompts, strict=True):  # D8: of the distribution that was sampled from
@@ -161,8 +161,8 @@ def test_the_contract_of_engines(engines: list) -> None:
     with pytest.raises(ModelError, match=r"prompt test:0 has 500 tokens .* 24, .* context of 512"):
         engine.generate(prompts_of([tuple(range(500))]), sampling(), policy_step=0)
     assert engine.generate([], sampling(), policy_step=0) == []
-    seen = {c.token_ids[0] for c in engine.generate(prompts_of(PROMPTS[:1]), sampling(max_tokens=1, num_completions=4000),
-            policy_step=0)[0]}  # fmt: skip
+    many = engine.generate(prompts_of(PROMPTS[:1]), sampling(max_tokens=1, num_completions=4000), policy_step=0)
+    seen = {c.token_ids[0] for c in many[0]}
     assert len(seen) > 150 and max(seen) < VOCABULARY  # no hidden top-k
 
 
