@@ -164,6 +164,7 @@ def measure_hand_over(policy: Policy, engine: VllmEngine, prompts: list[tuple[in
         sample(engine, long, engine.policy_step or 0, max_tokens=1, num_completions=1)
         change(policy, step, std)
         engine.adapter.load(policy.trainable())
+        engine._cached = False  # as if it had been dropped
         stale = sample(engine, long, engine.policy_step or 0, max_tokens=1, num_completions=1)
         stale_off = apart(torch.tensor([c.sampling_logprobs for _, c in stale]), scored(policy, stale))["mean"]
         engine.load_adapter(policy.trainable(), step)

@@ -68,6 +68,7 @@ class Policy:
         self.family = family
         self.revision = revision  # the hub's commit, None for local files
         self.weights = weights  # the buffers that the base looks at; None: transformers' own, which can't be shared
+        self._trainable: dict[str, Parameter] | None = None
         self._reference: dict[str, Tensor] | None = None
         self.eval()
 
@@ -163,8 +164,11 @@ class Policy:
         self.model.eval()
 
     def trainable(self) -> dict[str, Parameter]:
-        """The weights that learn, by name; a tied one once."""
-        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        """The weights that learn, by name; a tied one once. They stay the same objects: walking the modules takes
+        milliseconds, so it is done once."""
+        if self._trainable is None:
+            self._trainable = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        return dict(self._trainable)
 
     @property
     def has_reference(self) -> bool:

@@ -42,6 +42,8 @@ class EngineAdapter:
         self.scaling = scaling
         self._parts: dict[str, AdapterPart] = {}
         self._targets: dict[str, Tensor] = {}  # by the trained matrix's name
+        self._down = [name for name in state if place_of(name)[1] == "A"]
+        self._up = [name for name in state if place_of(name)[1] == "B"]
         names = {place_of(name): name for name in state}
         modules = dict.fromkeys(module for module, _ in names)
         for module in modules:
@@ -88,9 +90,7 @@ class EngineAdapter:
         A few kernels for all of them (`_foreach_*`), where a copy each would be four hundred.
         """
         assert state.keys() == self._targets.keys(), set(state) ^ set(self._targets)
-        down = [name for name in state if place_of(name)[1] == "A"]
-        up = [name for name in state if place_of(name)[1] == "B"]
         many: Any = torch  # its stubs leave the `_foreach_*` out
-        many._foreach_copy_([self._targets[name] for name in down], [state[name] for name in down])
-        scaled = many._foreach_mul([state[name].detach() for name in up], self.scaling)
-        many._foreach_copy_([self._targets[name] for name in up], scaled)
+        many._foreach_copy_([self._targets[name] for name in self._down], [state[name] for name in self._down])
+        scaled = many._foreach_mul([state[name] for name in self._up], self.scaling)
+        many._foreach_copy_([self._targets[name] for name in self._up], scaled)

@@ -4,10 +4,13 @@
 
 The base is not copied (vllm_weights.py), the adapter is refilled in place (vllm_adapter.py), the cache is asleep while
 the trainer works. Each prompt's draws come from a seed of its own, made of (seed, policy_step, the prompt's id, how
-often that id came before in this call). Blocks of the prefix cache carry the policy step in their key and are dropped
-at every hand-over. Left out: several GPUs, several adapters, images.
+often that id came before in this call). The prefix cache serves the completions of one call: it is dropped at the next
+and at every hand-over, and its blocks carry the policy step in their key. Left out: several GPUs, several adapters,
+images.
 """
 
+import gc
+import io
 import json
 import os
 import platform
@@ -16,7 +19,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ GIB = 2**30
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 DEFAULTS = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     # The newer runner draws with each request's own seed in one kernel; the older one makes a call for each request.
     "VLLM_USE_V2_MODEL_RUNNER": "1",
 }
@@ -75,7 +78,7 @@ class VllmEngine:
         self._folder = Path(tempfile.mkdtemp(prefix="reasoner-vllm-"))
         _write_config(policy, self._folder)
         self.llm: Any = None
-        self._awake = True
+        self._awake, self._cached = True, False
         self._probe: tuple[int, ...] = ()  # tokens for the canary; of the first call to generate
         self._canary = Canary(lambda: self.score(self._probe), lambda: policy.score(self._probe).cpu())
         self.reading: Reading | None = None  # what the canary last found
@@ -91,8 +94,10 @@ class VllmEngine:
         check_prompts(prompts, sampling, self.max_context, self.capabilities)
         if not prompts:
             return []
+        self._forget()
         # The likeliest completion is one; vLLM refuses to make copies of it.
         num = sampling.num_completions if sampling.temperature > 0 else 1
+        self._cached = True
         outputs = self._run(
             [{"prompt_token_ids": list(p.token_ids), "cache_salt": str(policy_step)} for p in prompts],
             [_parameters(sampling, num, seed) for seed in prompt_seeds(prompts, sampling, policy_step)],
@@ -111,15 +116,21 @@ class VllmEngine:
         assert self._awake, "a sleeping engine has no room to look with"
         self.adapter.load(state)
         self.policy_step = policy_step
-        if not self.llm.reset_prefix_cache():
-            raise AssertionError("the prefix cache is in use between two calls")
+        self._forget()
         if self._probe:
             self.reading = self._canary.look()
+
+    def _forget(self) -> None:
+        """Drop the prefix cache: it is of other weights, or would make a call depend on the one before."""
+        if self._cached:
+            dropped = self.llm.reset_prefix_cache()
+            assert dropped, "the prefix cache is in use between two calls"
+            self._cached = False
 
     def sleep(self) -> None:
         """Unmap the cache; its contents are lost."""
         self.llm.sleep(level=1)
-        self._awake = False
+        self._awake = self._cached = False
 
     def wake(self) -> None:
         """Map the cache again, empty. Raises ModelError where the trainer left no room."""
@@ -140,6 +151,7 @@ class VllmEngine:
                 self.wake()
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
+            gc.collect()  # its parts hold one another
         shutil.rmtree(self._folder, ignore_errors=True)
         torch.cuda.empty_cache()
 
@@ -233,30 +245,31 @@ def _start(
 
     memory = vllm_weights.register(None if model_path else policy.weights, adapter)
     try:
-        llm = LLM(
-            model=model_path or str(folder),
-            revision=policy.revision if model_path else None,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype="bfloat16",
-            load_format="auto" if model_path else vllm_weights.LOAD_FORMAT,
-            quantization=vllm_weights.QUANTIZATION,
-            max_model_len=max_context,
-            max_num_seqs=rollout.max_sequences,
-            max_num_batched_tokens=max(rollout.max_batched_tokens, rollout.max_sequences),
-            kv_cache_memory_bytes=kv_bytes,
-            gpu_memory_utilization=0.01,  # is checked, and then not used: kv_cache_memory_bytes decides
-            enable_sleep_mode=True,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-            disable_log_stats=True,
-            # Without inductor: seconds to start instead of minutes, and faster here too.
-            compilation_config={
-                "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY",
-                "cudagraph_capture_sizes": capture_sizes(rollout.max_sequences),
-            },
-        )
+        with redirect_stderr(io.StringIO()):  # progress bars: a start takes seconds
+            llm = LLM(
+                model=model_path or str(folder),
+                revision=policy.revision if model_path else None,
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                dtype="bfloat16",
+                load_format="auto" if model_path else vllm_weights.LOAD_FORMAT,
+                quantization=vllm_weights.QUANTIZATION,
+                max_model_len=max_context,
+                max_num_seqs=rollout.max_sequences,
+                max_num_batched_tokens=max(rollout.max_batched_tokens, rollout.max_sequences),
+                kv_cache_memory_bytes=kv_bytes,
+                gpu_memory_utilization=0.01,  # is checked, and then not used: kv_cache_memory_bytes decides
+                enable_sleep_mode=True,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+                disable_log_stats=True,
+                # Without inductor: seconds to start instead of minutes, and faster here too.
+                compilation_config={
+                    "mode": 0,
+                    "cudagraph_mode": "FULL_DECODE_ONLY",
+                    "cudagraph_capture_sizes": capture_sizes(rollout.max_sequences),
+                },
+            )
     except torch.OutOfMemoryError as error:
         free = torch.cuda.mem_get_info()[0] / GIB
         raise ModelError(

@@ -83,6 +83,7 @@ def test_one_base_two_readers(family: str, nf4: bool, engines: list) -> None:
         change(policy, seed=10 + step)
         if step:  # D4: what the cache knows of the old adapter is wrong, and a hand-over forgets it
             engine.adapter.load(policy.trainable())
+            engine._cached = False  # as if it had been dropped
             stale = engine.generate(prompts, sampling(max_tokens=1, num_completions=1), policy_step=step - 1)
             stale_gap = gaps(policy, prompts, stale).abs().mean()
         engine.load_adapter(policy.trainable(), step)
