@@ -5,6 +5,7 @@ Left out: what is measured.
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,19 @@ def about(command: str, at: str | None = None) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The value as JSON, whole or not at all."""
+    """The value as JSON, whole or not at all; numbers that are not finite are null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -135,16 +145,23 @@ class Job:
         """Whether it has ended. Past its limit it is asked to, and after 20 s made to."""
         assert self.process is not None
         if self.process.poll() is not None:
+            self.kill()  # whatever it left behind
             return True
         over = time.monotonic() - self.began - self.limit_s
         if over > KILL_AFTER_S:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
             self.process.wait()
             return True
         if over > 0 and not self.ended_by_us:
             self.ended_by_us = True
             self.process.terminate()
         return False
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def problem(self) -> str | None:
         """What went wrong in one line, None if it ended well."""
@@ -153,7 +170,7 @@ class Job:
             return None
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         why = f"over its limit of {self.limit_s:.0f} s" if self.ended_by_us else f"exit {self.process.returncode}"
-        return f"{why}: {lines[-1][:500] if lines else 'no output'}"
+        return f"{why}: {lines[-1][:300] if lines else 'no output'}"
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, finished: Callable[[Job], None]) -> None:
@@ -178,8 +195,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, finished: Callable[[Job], None])
             time.sleep(0.2)
     finally:
         for job in running:
-            assert job.process is not None
-            os.killpg(job.process.pid, signal.SIGKILL)
+            job.kill()
 
 
 def strict(text: str, gold: str) -> bool:
