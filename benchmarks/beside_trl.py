@@ -30,7 +30,8 @@ from benchmarks.common import GIB, DeviceMemory, Job, about, after_warm_up, judg
 from benchmarks.common import table as markdown
 from benchmarks.common import write_json as write
 from benchmarks.word_problems import SETS, model_and_data
-from reasoner.compose import quoted
+from reasoner.compose import compose_conf, quoted
+from reasoner.config import validate
 
 TRL = ("trl-defaults", "trl-tuned")
 OURS = ("bf16", "nf4")
@@ -100,10 +101,13 @@ def settings(given: argparse.Namespace, quantize: str) -> list[str]:
 def our_side(given: argparse.Namespace, record: Record) -> None:
     """This project's steps."""
     from benchmarks.practice import practice
+    from reasoner.assembly import assemble
 
     typed = settings(given, "nf4" if given.side == "nf4" else "none")
     record.set(settings=[setting for setting in typed if "path=" not in setting and "name=" not in setting])
-    with practice("smol", typed) as run:
+    conf = compose_conf("smol", typed)
+    how: dict[str, Any] = {"base_dir": conf.folder, "functions": {}, "rows": None}
+    with practice(lambda console: assemble(validate(conf.values), console=console, **how)) as run:
         memory = run.parts.memory
         record.set(kv_gib=memory.kv_bytes / GIB if memory else None, parts_gib=memory.parts_gib() if memory else None)
         for phase, steps in (("natural", given.natural), ("fixed", given.fixed)):

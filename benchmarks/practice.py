@@ -3,15 +3,12 @@ without its stages, files and checkpoints.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from reasoner.assembly import Parts, assemble
-from reasoner.compose import compose_conf
-from reasoner.config import validate
+from reasoner.assembly import Parts
 from reasoner.console import Console
 from reasoner.data.order import Order
 from reasoner.grpo.trainer import GRPOTrainer, StepReport
@@ -21,7 +18,7 @@ from reasoner.stages import make_trainer, make_updater
 
 @dataclass(slots=True)
 class Practice:
-    """The GRPO stage of a conf, to be stepped by hand."""
+    """A GRPO stage, to be stepped by hand."""
 
     parts: Parts
     trainer: GRPOTrainer
@@ -42,26 +39,14 @@ class Practice:
 
 
 @contextmanager
-def practice(
-    conf: str,
-    overrides: Sequence[str],
-    *,
-    reward: Callable[..., Any] | None = None,
-    rows: Iterable[Mapping[str, Any]] | None = None,
-) -> Iterator[Practice]:
-    """The GRPO stage of `conf`, ready for its first step; `reward` and `rows` as in `reasoner.train`."""
-    composed = compose_conf(conf, overrides)
-    values, functions = dict(composed.values), dict[str, Callable[..., Any]]()
-    if reward is not None:
-        functions = {"reward": reward}
-        values["reward"] = {**values["reward"], "parts": {"reward": {"fn": "reward"}}}
-    config = validate(values)
+def practice(make_parts: Callable[[Console], Parts]) -> Iterator[Practice]:
+    """The GRPO stage of these parts, ready for its first step."""
     with (
         tempfile.TemporaryDirectory(prefix="practice-") as work,
         RunFolder.open(Path(work) / "run") as folder,
         Console() as console,
     ):
-        parts = assemble(config, base_dir=composed.folder, functions=functions, rows=rows, console=console)
+        parts = make_parts(console)
         try:
             updater = make_updater(parts, "grpo", console, folder)
             trainer = make_trainer(parts, updater)

@@ -39,7 +39,7 @@ PARTS = ("generate_s", "reward_s", "logprobs_s", "update_s", "sync_s", "step_s")
 PILOT_STEPS = 8
 FORMAT_ALONE = [
     "reward.parts.accuracy.weight=0",
-    "reward.parts.format.fn=benchmarks.format_reward:ends_with_answer",
+    "reward.parts.format.fn=benchmarks.rewards:ends_with_answer",
     "reward.parts.format.weight=1",
 ]
 
