@@ -179,9 +179,10 @@ def measure_hand_over(policy: Policy, engine: VllmEngine, prompts: list[tuple[in
                 "canary_arrived": arrived,
             }
         )
-    found["copy"] = timed(lambda: engine.adapter.load(policy.trainable()), 20)
+    state = policy.trainable()
+    found["copy"] = timed(lambda: engine.adapter.load(state), 20)
     found["reset"] = timed(engine.llm.reset_prefix_cache, 20)
-    found["canary"] = timed(engine._canary.look, 5)
+    found["canary"] = timed(lambda: policy.score(engine._probe), 5)
     found["copies_mib"] = engine.adapter.nbytes / 2**20
     return found
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from reasoner import config
 from reasoner.errors import ModelError
+from reasoner.models.adapted_linear import AdaptedLinear
 from reasoner.models.sources import first_line
 
 ADAPTER = "policy"
@@ -48,11 +49,17 @@ def attach(base: PreTrainedModel, lora: config.Lora, *, name: str, revision: str
         task_type="CAUSAL_LM",
         revision=revision,
     )
+    _compute_by_ours(settings)
     base.name_or_path = name  # what peft writes as the adapter's base
     with _old_names_allowed():
         model = get_peft_model(base, settings, adapter_name=ADAPTER)
     assert isinstance(model, PeftModel)
     return model
+
+
+def _compute_by_ours(settings: LoraConfig) -> None:
+    """Have peft put our layer around linear ones, NF4 or not: its way for layers of one's own."""
+    settings._register_custom_module({torch.nn.Linear: AdaptedLinear})
 
 
 def _linear_names(base: PreTrainedModel) -> list[str]:
@@ -101,9 +108,13 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / WEIGHTS_FILE).is_file() or not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds no adapter: it needs adapter_config.json and {WEIGHTS_FILE}")
     try:
-        base.name_or_path = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+        settings = cast(LoraConfig, PeftConfig.from_pretrained(str(folder)))
+        _compute_by_ours(settings)
+        base.name_or_path = settings.base_model_name_or_path or ""
         with _old_names_allowed():
-            return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER, is_trainable=True)
+            return PeftModel.from_pretrained(
+                base, str(folder), adapter_name=ADAPTER, is_trainable=True, config=settings
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} can't be read: {first_line(error)}") from None
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -46,9 +47,11 @@ def read(
     if model.scratch:
         base = _from_config(scratch.make_config(model.scratch, model.max_context), dtype)
     elif model.gguf:
-        base = _from_gguf(gguf.find(model.gguf), tokenizer, dtype)
-        if shares(model, base.config, device):
-            return _onto_buffers(model, base.config, base.state_dict().items(), device)
+        hf_config, tensors = _read_gguf(gguf.find(model.gguf), tokenizer)
+        if shares(model, hf_config, device):
+            return _onto_buffers(model, hf_config, tensors.items(), device)
+        base = _from_config(hf_config, dtype)
+        base.load_state_dict(tensors)
     else:
         hf_config = sources.read_config(model)
         if shares(model, hf_config, device):
@@ -108,8 +111,9 @@ def _from_pretrained(model: config.Model, dtype: torch.dtype, device: torch.devi
         raise sources.unreadable(model, error) from None
 
 
-def _from_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
-    """The dequantized weights in a model of its own: one that transformers loaded from GGUF refuses to be saved."""
+def _read_gguf(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """The model's config and its dequantized weights; a model that transformers loaded from GGUF refuses to be
+    saved, so what is made of them is a model of its own."""
     options = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     try:
         loaded = _whole(str(path.parent), str(path), options)
@@ -119,9 +123,7 @@ def _from_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtyp
     for of_the_file in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(of_the_file, None)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    base = _from_config(type(loaded.config).from_dict(settings | special), dtype)
-    base.load_state_dict(loaded.state_dict())
-    return base
+    return type(loaded.config).from_dict(settings | special), loaded.state_dict()
 
 
 def _whole(path: str, name: str, options: dict[str, Any]) -> PreTrainedModel:

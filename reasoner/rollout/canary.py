@@ -1,4 +1,4 @@
-"""Notices an engine that samples from old weights: after every hand-over both sides score the same tokens.
+"""Notices an engine that samples from old weights: with every call to it both sides score the same tokens.
 
 One step moves logprobs by less than 16-bit noise does (0.03 nats), so the gap between the two sides alone tells
 nothing. But the trainer's own movement since the last proof has a direction, and an engine that followed moved along
@@ -7,7 +7,6 @@ if it followed and near 0 if it did not. The question is put once |d| stands out
 up, so an engine that stopped following is found as soon as it matters.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,14 +30,14 @@ class Reading:
 class Canary:
     """Compares engine and trainer on a few tokens that stay the same."""
 
-    def __init__(self, engine: Callable[[], Tensor], trainer: Callable[[], Tensor]):
-        """Each gives its logprobs of the probe's tokens now: float32 [T], on the CPU."""
-        self.engine, self.trainer = engine, trainer
+    def __init__(self) -> None:
         self.then: Tensor | None = None  # the trainer's at the last proof
 
-    def look(self) -> Reading:
-        """Compare. Raises GuardTripped where the engine has other weights than the trainer."""
-        now, sampled = self.trainer(), self.engine()
+    def look(self, now: Tensor, sampled: Tensor) -> Reading:
+        """Compare the trainer's and the engine's logprobs of the probe: float32 [T] each.
+
+        Raises GuardTripped where the engine has other weights than the trainer.
+        """
         gap = float((sampled - now).abs().mean())
         arrived = None
         if self.then is None:

@@ -23,13 +23,14 @@ class AdapterPart:
 
     a: Tensor  # [S r, K]
     b: tuple[tuple[slice, slice, Tensor], ...]  # of each part: its outputs, its rows of A, B [outputs, r]
+    scaling: float
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """out [.., outputs] += scaling * x A^T B^T, in place; x [.., K]."""
         low = linear(x, self.a).flatten(0, -2)
         flat = out.view(-1, out.shape[-1])
         for outputs, ranks, b in self.b:
-            flat[:, outputs].addmm_(low[:, ranks], b.t())
+            flat[:, outputs].addmm_(low[:, ranks], b.t(), alpha=self.scaling)
         return out
 
 
@@ -42,8 +43,6 @@ class EngineAdapter:
         self.scaling = scaling
         self._parts: dict[str, AdapterPart] = {}
         self._targets: dict[str, Tensor] = {}  # by the trained matrix's name
-        self._down = [name for name in state if place_of(name)[1] == "A"]
-        self._up = [name for name in state if place_of(name)[1] == "B"]
         names = {place_of(name): name for name in state}
         modules = dict.fromkeys(module for module, _ in names)
         for module in modules:
@@ -72,7 +71,7 @@ class EngineAdapter:
             b = first.new_zeros((rows[module], rank), dtype=dtype)
             self._targets[names[module, "A"]], self._targets[names[module, "B"]] = a[ranks], b
             pieces.append((slice(begin, begin + rows[module]), ranks, b))
-        return AdapterPart(a, tuple(pieces))
+        return AdapterPart(a, tuple(pieces), self.scaling)
 
     @property
     def nbytes(self) -> int:
@@ -85,12 +84,10 @@ class EngineAdapter:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the trained matrices, B scaled, rounded once; they themselves stay as they are.
+        """Copy the trained matrices, rounded; they themselves stay as they are.
 
-        A few kernels for all of them (`_foreach_*`), where a copy each would be four hundred.
+        A few kernels for all of them (`_foreach_copy_`), where a copy each would be four hundred.
         """
         assert state.keys() == self._targets.keys(), set(state) ^ set(self._targets)
         many: Any = torch  # its stubs leave the `_foreach_*` out
-        many._foreach_copy_([self._targets[name] for name in self._down], [state[name] for name in self._down])
-        scaled = many._foreach_mul([state[name] for name in self._up], self.scaling)
-        many._foreach_copy_([self._targets[name] for name in self._up], scaled)
+        many._foreach_copy_(list(self._targets.values()), [state[name] for name in self._targets])

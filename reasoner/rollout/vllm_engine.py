@@ -80,7 +80,7 @@ class VllmEngine:
         self.llm: Any = None
         self._awake, self._cached = True, False
         self._probe: tuple[int, ...] = ()  # tokens for the canary; of the first call to generate
-        self._canary = Canary(lambda: self.score(self._probe), lambda: policy.score(self._probe).cpu())
+        self._canary = Canary()
         self.reading: Reading | None = None  # what the canary last found
         _set_environment()
         with _random_state_kept():
@@ -89,7 +89,11 @@ class VllmEngine:
             )
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
-        """See `Engine.generate`. Raises GuardTripped if the scores are not finite, ModelError if memory runs out."""
+        """See `Engine.generate`.
+
+        Raises GuardTripped if the scores are not finite, or of other weights than the trainer's; ModelError if memory
+        runs out.
+        """
         assert self.policy_step in (None, policy_step), f"weights of {self.policy_step}, asked for {policy_step}"
         check_prompts(prompts, sampling, self.max_context, self.capabilities)
         if not prompts:
@@ -98,10 +102,15 @@ class VllmEngine:
         # The likeliest completion is one; vLLM refuses to make copies of it.
         num = sampling.num_completions if sampling.temperature > 0 else 1
         self._cached = True
+        rows = [*(list(prompt.token_ids) for prompt in prompts), *([list(self._probe)] if self._probe else [])]
+        asked = [_parameters(sampling, num, seed) for seed in prompt_seeds(prompts, sampling, policy_step)]
         outputs = self._run(
-            [{"prompt_token_ids": list(p.token_ids), "cache_salt": str(policy_step)} for p in prompts],
-            [_parameters(sampling, num, seed) for seed in prompt_seeds(prompts, sampling, policy_step)],
+            [{"prompt_token_ids": ids, "cache_salt": str(policy_step)} for ids in rows],
+            [*asked, *([_scoring()] if self._probe else [])],
         )
+        if self._probe:
+            scored = _scored(outputs.pop(), self._probe)
+            self.reading = self._canary.look(self.policy.score(self._probe).cpu(), scored)
         found = [[self._completion(one, policy_step) for one in output.outputs] for output in outputs]
         if not self._probe:
             whole = [p.token_ids + several[0].token_ids for p, several in zip(prompts, found, strict=True)]
@@ -109,16 +118,10 @@ class VllmEngine:
         return [several * (sampling.num_completions // num) for several in found]
 
     def load_adapter(self, state: Mapping[str, Tensor], policy_step: int) -> None:
-        """Copy the adapter, forget what the cache knows of the old one, and look at the canary.
-
-        Raises GuardTripped where the engine did not follow.
-        """
-        assert self._awake, "a sleeping engine has no room to look with"
+        """Copy the adapter, and forget what the cache knows of the old one."""
         self.adapter.load(state)
         self.policy_step = policy_step
         self._forget()
-        if self._probe:
-            self.reading = self._canary.look()
 
     def _forget(self) -> None:
         """Drop the prefix cache: it is of other weights, or would make a call depend on the one before."""
@@ -155,19 +158,9 @@ class VllmEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
         torch.cuda.empty_cache()
 
-    def score(self, token_ids: Sequence[int]) -> Tensor:
-        """log p(token | those before it) of every token but the first, at temperature 1, by the engine.
-
-        The twin of `Policy.score`: float32 [T - 1], on the CPU.
-        """
-        from vllm import SamplingParams
-
-        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self._run([{"prompt_token_ids": list(token_ids)}], [asked])
-        pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        return torch.tensor([found[token].logprob for token, found in pairs])
-
     def _run(self, prompts: list[dict[str, Any]], parameters: list[Any]) -> list[Any]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # others spin between vLLM's many small steps and slow it by a quarter
         try:
             return self.llm.generate(prompts, parameters, use_tqdm=False)
         except torch.OutOfMemoryError as error:
@@ -175,6 +168,8 @@ class VllmEngine:
                 "out of memory while sampling: lower rollout.max_sequences or rollout.max_batched_tokens, or raise "
                 "rollout.keep_free_gib"
             ) from error
+        finally:
+            torch.set_num_threads(threads)
 
     def _completion(self, output: Any, policy_step: int) -> Completion:
         ids, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
@@ -228,6 +223,19 @@ def _parameters(sampling: Sampling, num: int, seed: int) -> Any:
         detokenize=False,
         seed=seed if sampling.temperature > 0 else None,
     )
+
+
+def _scoring() -> Any:
+    """Asks for the logprobs of a prompt's own tokens; the one token sampled after it is not wanted."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+
+
+def _scored(output: Any, token_ids: Sequence[int]) -> Tensor:
+    """log p(token | those before it) of every token but the first, at temperature 1: the twin of `Policy.score`."""
+    pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return torch.tensor([found[token].logprob for token, found in pairs])
 
 
 def _start(

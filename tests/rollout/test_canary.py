@@ -27,8 +27,7 @@ class Sides:
 
 
 def make(step: float, seed: int = 0) -> tuple[Sides, Canary]:
-    sides = Sides(step, seed)
-    return sides, Canary(sides.engine, lambda: sides.now)
+    return Sides(step, seed), Canary()
 
 
 @pytest.mark.parametrize("step", [0.0, 0.005, 0.05, 0.5])
@@ -37,7 +36,7 @@ def test_an_engine_that_follows_is_let_through(step: float, seed: int) -> None:
     sides, canary = make(step, seed)
     spoke = 0
     for _ in range(300):
-        reading = canary.look()
+        reading = canary.look(sides.now, sides.engine())
         spoke += reading.arrived is not None
         sides.walk()
     assert (spoke > 0) == (step > 0.0)  # small steps add up
@@ -47,12 +46,12 @@ def test_an_engine_that_follows_is_let_through(step: float, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_an_engine_that_stopped_following_is_found_once_it_matters(step: float, within: int, seed: int) -> None:
     sides, canary = make(step, seed)
-    canary.look()
+    canary.look(sides.now, sides.engine())
     sides.follows = False
     with pytest.raises(GuardTripped, match="samples from other weights than the trainer's"):
         for _ in range(within):
             sides.walk()
-            canary.look()
+            canary.look(sides.now, sides.engine())
     assert (sides.now - sides.kept).square().mean().sqrt() < max(2 * SPEAKS, 1.5 * step)
 
 
@@ -60,11 +59,11 @@ def test_other_weights_altogether_are_found_at_the_first_look() -> None:
     sides, canary = make(0.0)
     sides.follows, sides.kept = False, sides.now - 1.0
     with pytest.raises(GuardTripped, match=r"1\.0\d\d nats apart"):
-        canary.look()
+        canary.look(sides.now, sides.engine())
 
 
 def test_scores_that_are_not_finite_are_other_weights() -> None:
     sides, canary = make(0.0)
     sides.follows, sides.kept = False, sides.now * float("nan")
     with pytest.raises(GuardTripped):
-        canary.look()
+        canary.look(sides.now, sides.engine())

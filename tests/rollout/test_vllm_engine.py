@@ -183,11 +183,13 @@ def test_the_canary_stops_an_engine_that_does_not_follow(engines: list, monkeypa
     for step in range(3):
         change(policy, seed=20 + step)
         engine.load_adapter(policy.trainable(), step)
+        engine.generate(prompts_of(), sampling(), policy_step=step)
         assert step == 0 or engine.reading.arrived > 0.8
     monkeypatch.setattr(engine.adapter, "load", lambda state: None)
     change(policy, seed=30)
+    engine.load_adapter(policy.trainable(), 3)
     with pytest.raises(GuardTripped, match="samples from other weights"):
-        engine.load_adapter(policy.trainable(), 3)
+        engine.generate(prompts_of(), sampling(), policy_step=3)
 
 
 def test_a_base_with_its_parts_in_disorder_is_refused_by_name(engines: list) -> None:

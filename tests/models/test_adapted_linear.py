@@ -1,0 +1,110 @@
+"""Our LoRA layer is peft's, forward and backward, over plain and NF4 bases."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from reasoner import config
+from reasoner.models import adapters, base_model
+from reasoner.models.adapted_linear import Adapted, AdaptedLinear
+from reasoner.models.families import family_of
+from reasoner.models.policy import Policy
+from tests.models.tiny_models import TARGETS, fill_b, gradients, make_batch, make_model
+
+LORA = config.Lora(r=4, alpha=12)
+
+
+def twins(dtype: torch.dtype, nf4: bool) -> tuple[Policy, Policy]:
+    """The same model with our layers, and with peft's own."""
+    source = make_model("qwen2", hidden_size=64, intermediate_size=128, head_dim=16)
+    policies = []
+    for ours in (True, False):
+        base, _ = base_model.build(
+            source.config, source.state_dict().items(), device=torch.device("cpu"), dtype=dtype, quantize=nf4
+        )
+        settings = LoraConfig(r=4, lora_alpha=12, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        with adapters._old_names_allowed():
+            model = (
+                adapters.attach(base, LORA, name="tiny", revision=None)
+                if ours
+                else get_peft_model(base, settings, adapter_name=adapters.ADAPTER)
+            )
+        fill_b(model)
+        policies.append(Policy(model, family_of(base.config), revision=None))
+    return policies[0], policies[1]
+
+
+def learned(policy: Policy) -> tuple[Tensor, dict[str, Tensor]]:
+    found = policy.logprobs(make_batch(), temperature=1.0).logprobs
+    return found.detach(), gradients(policy, found.square().sum())
+
+
+def off(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_in_float32_it_is_peft_to_the_last_digits() -> None:
+    ours, pefts = twins(torch.float32, nf4=False)
+    assert sum(isinstance(part, AdaptedLinear) for part in ours.model.modules()) == 14
+    assert not any(isinstance(part, AdaptedLinear) for part in pefts.model.modules())
+    (found, grads), (true, true_grads) = learned(ours), learned(pefts)
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == true_grads.keys()
+    for name, gradient in grads.items():
+        torch.testing.assert_close(gradient, true_grads[name], rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_in_bf16_it_errs_no_more_than_16_bits_cost(nf4: bool) -> None:
+    ours, pefts = twins(torch.bfloat16, nf4)
+    (found, grads), (true, true_grads) = learned(ours), learned(pefts)
+    assert (found - true).abs().mean() < 0.03
+    for name, gradient in grads.items():
+        assert gradient.dtype == torch.float32
+        assert off(gradient, true_grads[name]) < 0.1
+
+
+def test_its_gradients_are_those_of_its_output() -> None:
+    draws = torch.Generator().manual_seed(0)
+    x, w, bias, a, b = (
+        torch.randn(shape, generator=draws, dtype=torch.float64) for shape in ((2, 3, 6), (5, 6), (5,), (2, 6), (5, 2))
+    )
+    for tensor in (x, a, b):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, a, b: Adapted.apply(x, w, None, bias, a, b, 1.7), (x, a, b))
+    frozen = x.detach()  # the first layer of a frozen base
+    Adapted.apply(frozen, w, None, None, a, b, 1.7).sum().backward()
+    assert a.grad is not None and frozen.grad is None
+
+
+def test_a_wrong_scaling_would_be_seen() -> None:
+    ours, pefts = twins(torch.float32, nf4=False)
+    for part in ours.model.modules():
+        if isinstance(part, AdaptedLinear):
+            part.scaling[adapters.ADAPTER] *= 1.1
+    assert off(learned(ours)[0], learned(pefts)[0]) > 0.003
+
+
+def test_dropout_drops_in_training_alone() -> None:
+    ours, _ = twins(torch.float32, nf4=False)
+    calm = learned(ours)[0]
+    dropping = copy.deepcopy(ours.model)
+    for part in dropping.modules():
+        if isinstance(part, AdaptedLinear):
+            part.lora_dropout[adapters.ADAPTER] = torch.nn.Dropout(0.5)
+    policy = Policy(dropping, ours.family, revision=None)
+    assert torch.equal(learned(policy)[0], calm)
+    policy.train_mode(dropout=True)
+    assert not torch.equal(learned(policy)[0], calm)
+
+
+def test_switched_off_it_is_the_base() -> None:
+    ours, _ = twins(torch.float32, nf4=False)
+    with_adapter = learned(ours)[0]
+    with ours.model.disable_adapter(), torch.no_grad():
+        without = ours.logprobs(make_batch(), temperature=1.0).logprobs
+    assert (with_adapter - without).abs().max() > 0.1
