@@ -173,12 +173,19 @@ class Job:
         return f"{why}: {lines[-1][:300] if lines else 'no output'}"
 
 
+def leave_when_asked() -> None:
+    """From now on SIGTERM ends this process as an exception does, so that processes it started are ended too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def run_jobs(jobs: Sequence[Job], at_once: int, finished: Callable[[Job], None]) -> None:
     """Run the jobs, `at_once` side by side, in order; `finished` is called with each that ended.
 
-    A job that is not ready lets later ones pass; one that will never be ready, as nothing runs any more, is left out.
+    If this process is asked to end, they are ended first. A job that is not ready lets later ones pass; one that will
+    never be ready, as nothing runs any more, is left out.
     """
     waiting, running = list(jobs), list[Job]()
+    leave_when_asked()
     try:
         while waiting or running:
             for job in [job for job in running if job.done()]:
@@ -193,9 +200,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, finished: Callable[[Job], None])
                 job.start()
                 print(f"{job.name}: started", flush=True)
             time.sleep(0.2)
-    finally:
+    finally:  # of those that still run, what they measured so far
         for job in running:
             job.kill()
+            assert job.process is not None
+            job.process.wait()
+            finished(job)
 
 
 def strict(text: str, gold: str) -> bool:

@@ -24,7 +24,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import GIB, DeviceMemory, Job, about, after_warm_up, median, read_json, shown, table, write_json
+from benchmarks.common import (
+    GIB,
+    DeviceMemory,
+    Job,
+    about,
+    after_warm_up,
+    leave_when_asked,
+    median,
+    read_json,
+    shown,
+    table,
+    write_json,
+)
 from benchmarks.practice import practice
 from benchmarks.random_model import SHAPES, hf_config, random_policy
 from reasoner.assembly import Parts
@@ -243,6 +255,7 @@ def run_all(given: argparse.Namespace) -> dict[str, Any]:
         return Job(case, lambda: command, given.logs / f"{case}.log", given.limit)
 
     jobs = [job_of(case) for case in given.cases]
+    leave_when_asked()
     try:
         for i, job in enumerate(jobs):
             for one in jobs[i : i + 2]:
