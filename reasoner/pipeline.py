@@ -107,6 +107,8 @@ class Pipeline:
         if self.wrap_rewards:
             parts = replace(parts, rewards=self.wrap_rewards(parts.rewards))
         facts["model_revision"] = parts.policy.revision
+        if parts.memory:
+            facts["memory_parts"] = parts.memory.parts_gib()
         trackers = make_trackers(self.config.tracking, folder.path, config=plain(asdict(self.config)), say=console.say)
         try:
             Run(parts, folder, console, trackers, results, facts["stages"]).go_through(saved)
