@@ -20,7 +20,7 @@ from reasoner.compose import (
     rewrite,
 )
 from reasoner.config import nearest, validate
-from reasoner.errors import ConfigError, ReasonerError
+from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
 VERBS = ("train",)
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
@@ -61,6 +61,8 @@ def _run(arguments: list[str]) -> int:
     conf, run = settings.get("conf"), settings.get("resume")
     if conf is None and run is not None:
         conf = str(Path(run) / "config.yaml")
+        if not Path(conf).expanduser().is_file():
+            raise RunFolderError(f"resume={run}: there is no run (no config.yaml) to go on with: name a run's folder")
     if conf is None:
         asked = "--help" in flags or "-h" in flags
         print(f"{USAGE}\n\nconfs:\n{_listing()}", file=sys.stdout if asked else sys.stderr)

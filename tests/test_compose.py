@@ -178,6 +178,7 @@ def test_the_command_line(tmp_path: Path):
     wrong = run("conf=tiny", "grpo.stepz=1", cwd=tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: unknown key") and "Traceback" not in wrong.stderr
     assert run("trian", "conf=tiny", cwd=tmp_path).stderr.startswith("error: unknown command 'trian': did you mean")
+    assert run("resume=nowhere", cwd=tmp_path).stderr.startswith("error: resume=nowhere: there is no run")
     assert run("--help", cwd=tmp_path).returncode == 0
     assert run("conf=tiny", "--info", "defaults", cwd=tmp_path).returncode == 0
     assert not list(tmp_path.iterdir())

@@ -80,6 +80,11 @@ def test_the_real_training_file(shared: Path) -> None:
             {"Body": "He has 3.", "Question": "How many?", "Answer": "0.5"},
             {"question": "He has 3. How many?", "answer": "0.5"},
         ),
+        (  # ChilleD/SVAMP on the hub: every column is text
+            word_problems.svamp,
+            {"Body": "He has 3 pens", "Question": "How many?", "Answer": "3.0", "question_concat": "He has 3 pens How"},
+            {"question": "He has 3 pens. How many?", "answer": "3"},
+        ),
         (
             word_problems.asdiv,
             {"body": "Nine apples.", "question": "How many?", "answer": "1,450 (apples)"},
