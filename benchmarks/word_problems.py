@@ -66,7 +66,7 @@ def overrides(given: argparse.Namespace, run: str) -> list[str]:
     ]
     if given.engine == "vllm":
         settings.append(f"rollout.kv_gib={given.kv_gib}")
-    return [*settings, f"evaluate.problems={given.problems}"] if given.problems else settings
+    return [*settings, f"evaluate.problems={given.problems or 'null'}"]
 
 
 def model_and_data(model: Path, data: Path) -> list[str]:
