@@ -181,7 +181,7 @@ def run_case(given: argparse.Namespace) -> None:
     try:
         config = validate(compose_conf("gsm8k", typed).values)
         with practice(lambda console: make_parts(config, given.tokenizer, console)) as run:
-            found["start_s"] = time.monotonic() - began
+            found |= {"start_s": time.monotonic() - began, "engine": run.parts.engine.capabilities.name}
             found["parts_gib"] = run.parts.memory.parts_gib() if run.parts.memory else None
             for _ in range(given.steps):
                 found["steps"].append(run.step().values)
