@@ -6,11 +6,12 @@ a bias (no family we load has one), second derivatives, and a form for inputs th
 be the same).
 
 How the torch one works. The [N, V] logits are made a tile of rows and columns at a time, in float32 (float64 if an
-input is), used, and made again in the backward pass: 3 matmuls of 2NVD instead of 2, for a memory of three tiles. A
-tile leaves three numbers a row: its maximum m, and the sums of e^(x-m) and of (x-m) e^(x-m) over its columns other than
-the target; the tiles of a row are merged at the end. The target stays out of the sums because a trained model lives
-near p = 1: log p = log sigmoid(x_target - logsumexp of the others) and 1 - p = -expm1(log p) keep their relative
-precision there, while x_target - logsumexp of all and 1 - exp(log p) cancel to nothing.
+input is; 16-bit inputs on a GPU are multiplied as they are and summed in float32), used, and made again in the backward
+pass: 3 matmuls of 2NVD instead of 2, for a memory of three tiles. A tile leaves three numbers a row: its maximum m, and
+the sums of e^(x-m) and of (x-m) e^(x-m) over its columns other than the target; the tiles of a row are merged at the
+end. The target stays out of the sums because a trained model lives near p = 1: log p = log sigmoid(x_target - logsumexp
+of the others) and 1 - p = -expm1(log p) keep their relative precision there, while x_target - logsumexp of all and
+1 - exp(log p) cancel to nothing.
 """
 
 import math
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 2 M logits a tile, 8 MiB in float32: large enough for full matmul speed on CPU and GPU, small beside [N, V].
+# 2 M logits a tile, 8 MiB in float32: large enough for full matmul speed on a CPU, small beside [N, V].
 TILE_COLUMNS = 4096
 TILE_ELEMENTS = 512 * TILE_COLUMNS
+# On a GPU launches cost more than cache misses: whole rows, 32 M logits (128 MiB), a tenth of the operations.
+CUDA_TILE_ELEMENTS = 32 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +94,8 @@ class _LogitShape:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         if self.soft_cap is None:
-            return (hidden * (self.logit_scale / self.temperature)) @ weight.T
-        capped = ((hidden * (self.logit_scale / self.soft_cap)) @ weight.T).tanh_()
+            return _scaled_product(hidden, weight, self.logit_scale / self.temperature)
+        capped = _scaled_product(hidden, weight, self.logit_scale / self.soft_cap).tanh_()
         return capped.mul_(self.soft_cap / self.temperature)
 
     def slope(self, logits: Tensor) -> Tensor | None:
@@ -128,14 +131,14 @@ class _LinearLogprobs(torch.autograd.Function):
 def _forward(hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: _LogitShape) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, entropy and the log of the softmax's denominator, each [N]."""
     num_rows = hidden.shape[0]
-    columns = _slices(weight.shape[0], TILE_COLUMNS)
+    columns = _column_slices(weight)
     target_logits = hidden.new_empty(num_rows, dtype=_precision(hidden, weight))
     maxima, sums, moments = target_logits.new_empty(3, len(columns), num_rows)
     for k, cols in enumerate(columns):
-        tile_weight = weight[cols].to(target_logits.dtype)
+        tile_weight = _operand(weight[cols], hidden)
         for rows in _row_slices(hidden, cols):
-            x = shape.logits(hidden[rows].to(target_logits.dtype), tile_weight)
-            at_target = _targets_in(target_ids[rows], cols)
+            x = shape.logits(_operand(hidden[rows], weight), tile_weight)
+            at_target = _targets_in(target_ids[rows], cols, weight.shape[0])
             target_logits[rows][at_target[0]] = x[at_target]
             torch.amax(x, 1, out=maxima[k, rows])
             x -= maxima[k, rows, None]
@@ -172,11 +175,11 @@ def _backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> 
         at_target_grads -= d_entropy * logprobs.exp() * (logprobs + entropy)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=logprobs.dtype) if wants_hidden else None
     d_weight = weight.new_zeros(weight.shape) if wants_weight else None
-    for cols in _slices(weight.shape[0], TILE_COLUMNS):
-        tile_weight = weight[cols].to(logprobs.dtype)
-        d_tile_weight = tile_weight.new_zeros(tile_weight.shape) if wants_weight else None
+    for cols in _column_slices(weight):
+        tile_weight = _operand(weight[cols], hidden)
+        d_tile_weight = tile_weight.new_zeros(tile_weight.shape, dtype=logprobs.dtype) if wants_weight else None
         for rows in _row_slices(hidden, cols):
-            tile_hidden = hidden[rows].to(logprobs.dtype)
+            tile_hidden = _operand(hidden[rows], weight)
             x = shape.logits(tile_hidden, tile_weight)
             slope = shape.slope(x)
             x -= log_total[rows, None]
@@ -186,14 +189,15 @@ def _backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> 
             else:
                 x += entropy[rows, None]
                 grad *= x.mul_(-d_entropy[rows, None]).sub_(d_logprobs[rows, None])
-            at_target = _targets_in(target_ids[rows], cols)
+            at_target = _targets_in(target_ids[rows], cols, weight.shape[0])
             grad[at_target] = at_target_grads[rows][at_target[0]]
             if slope is not None:
                 grad *= slope
+            grad = grad.to(tile_weight.dtype)  # rounded like the gradient that is handed back
             if d_hidden is not None:
-                d_hidden[rows].addmm_(grad, tile_weight, alpha=shape.gain)
+                d_hidden[rows] += _scaled_product(grad, tile_weight.T, shape.gain)
             if d_tile_weight is not None:
-                d_tile_weight.addmm_(grad.T, tile_hidden, alpha=shape.gain)
+                d_tile_weight += _scaled_product(grad.T, tile_hidden.T, shape.gain)
         if d_weight is not None and d_tile_weight is not None:
             d_weight[cols] = d_tile_weight
     return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight
@@ -207,13 +211,37 @@ def _slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
+def _column_slices(weight: Tensor) -> list[slice]:
+    return _slices(weight.shape[0], weight.shape[0] if weight.is_cuda else TILE_COLUMNS)
+
+
 def _row_slices(hidden: Tensor, cols: slice) -> list[slice]:
     """Rows of a tile: few columns take many rows, so that a small vocabulary is one tile."""
-    return _slices(hidden.shape[0], max(TILE_ELEMENTS // (cols.stop - cols.start), 1))
+    elements = CUDA_TILE_ELEMENTS if hidden.is_cuda else TILE_ELEMENTS
+    return _slices(hidden.shape[0], max(elements // (cols.stop - cols.start), 1))
 
 
-def _targets_in(target_ids: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+def _operand(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor as a product takes it: in 16 bits where a GPU sums such in float32, else in the precision of the sum.
+
+    Products of two 16-bit numbers are exact in float32, so both ways multiply the same numbers.
+    """
+    half = tensor.is_cuda and tensor.dtype == other.dtype and tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor if half else tensor.to(_precision(tensor, other))
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left [n, k] @ right [m, k].T, summed and given in float32 or better: [n, m]."""
+    if left.dtype in (torch.bfloat16, torch.float16):
+        found = torch.mm(left, right.T, out_dtype=torch.float32)
+        return found if scale == 1 else found.mul_(scale)
+    return (left if scale == 1 else left * scale) @ right.T
+
+
+def _targets_in(target_ids: Tensor, cols: slice, num_columns: int) -> tuple[Tensor, Tensor]:
     """Where a tile's targets are: (rows of the tile, columns of the tile)."""
+    if cols.stop - cols.start == num_columns:  # all of them; looking for them would wait for a GPU
+        return torch.arange(len(target_ids), device=target_ids.device), target_ids
     rows = ((target_ids >= cols.start) & (target_ids < cols.stop)).nonzero().squeeze(1)
     return rows, target_ids[rows] - cols.start
 
