@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from reasoner import checkpoint, signals, world
@@ -110,10 +111,20 @@ class Pipeline:
         if parts.memory:
             facts["memory_parts"] = parts.memory.parts_gib()
         trackers = make_trackers(self.config.tracking, folder.path, config=plain(asdict(self.config)), say=console.say)
+        run = Run(parts, folder, console, trackers, results, facts["stages"])
+        card_lost = False
         try:
-            Run(parts, folder, console, trackers, results, facts["stages"]).go_through(saved)
+            run.go_through(saved)
+        except torch.AcceleratorError as error:
+            card_lost = True
+            first = str(error).splitlines()[0]
+            raise GuardTripped(
+                f"the GPU failed: {first}. What this process had on it is lost; {run.how_to_go_on()}. If it happens "
+                "again at the same step, look at the driver's log (dmesg) and the card's temperature"
+            ) from error
         finally:
-            parts.engine.close()
+            if not card_lost:  # else every call to it fails, and the memory goes with the process
+                parts.engine.close()
             parts.rewards.close()
             for tracker in trackers:
                 tracker.close()

@@ -109,7 +109,7 @@ class Run:
             if step % self.parts.config.checkpoint.every == 0 or step == stage.num_steps or signal:
                 self._save(stage, Progress(stage_index, name, step, self.policy_step, cursor))
             if signal:
-                raise Interrupted(signal, f"interrupted at {name} step {step}; {self._how_to_go_on()}")
+                raise Interrupted(signal, f"interrupted at {name} step {step}; {self.how_to_go_on()}")
 
     def _tell(self, stage: TrainingStage, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
@@ -130,9 +130,10 @@ class Run:
         # This process's own: ranks have unequal shares, so they can't agree here. torchrun signals all of them.
         signal = signals.requested()
         if signal:
-            raise Interrupted(signal, f"interrupted; {self._how_to_go_on()}")
+            raise Interrupted(signal, f"interrupted; {self.how_to_go_on()}")
 
-    def _how_to_go_on(self) -> str:
+    def how_to_go_on(self) -> str:
+        """What to type, or that there is nothing to go on from."""
         if checkpoint.newest_whole(self.folder.path) is None:
             return "nothing was trained yet, so there is nothing to go on from"
         return f"go on with: python -m reasoner resume={self.folder.path}"

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from reasoner import assembly, config, train
+from reasoner.errors import GuardTripped
 from reasoner.models.loading import load_tokenizer
 from reasoner.rollout.hf import HfEngine
 from tests.models.tiny_models import make_model
@@ -85,3 +87,28 @@ def test_sft_and_updates_run_while_the_engine_sleeps_and_it_samples_only_from_wh
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "done"
     kinds = {key: value for key, value in result.rows[2].items() if key not in ("row", "stage_index", "artefact")}
     assert kinds == {k: v for k, v in result.rows[3].items() if k not in ("row", "stage_index", "artefact")}
+
+
+def test_a_card_that_fails_ends_in_one_line_with_its_checkpoint_kept_and_nothing_asked_of_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Strict] = []
+
+    class Failing(Strict):
+        def generate(self, prompts, sampling, *, policy_step):
+            if policy_step == 3:
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+            return super().generate(prompts, sampling, policy_step=policy_step)
+
+    def make_engine(name, conf, policy, decode, *, max_context, kv_bytes):
+        made.append(Failing(policy, decode, max_context=max_context, max_sequences=64))
+        return made[-1]
+
+    monkeypatch.setattr(assembly, "make_engine", make_engine)
+    overrides = [*(line for line in SMALL if "scratch" not in line), f"model.name={folder}", "model.scratch=null"]
+    overrides += ["model.lora.r=4", "sft.steps=2", "stages=[sft,grpo]", "checkpoint.every=1", f"out={tmp_path / 'run'}"]
+    with pytest.raises(GuardTripped, match=r"the GPU failed: CUDA error: an illegal memory access.* resume=.*run"):
+        train("tiny", overrides=overrides, reward=close_enough)
+    assert not made[0].closed
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped by a guard"
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "01-grpo-000001"
