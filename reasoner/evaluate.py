@@ -15,6 +15,7 @@ from reasoner.rewards.base import Rewards
 from reasoner.rollout.engine import Engine, Sampling
 from reasoner.types import Completion, Prompt
 
+REFILLS = 8  # rounds of sequences in one call, where the engine takes the next as one ends
 Z95 = 1.959963984540054
 PASS_AT = 8
 
@@ -152,7 +153,8 @@ class Evaluator:
         self, engine: Engine, prompts: Sequence[Prompt], policy_step: int, progress: Callable[[str], None]
     ) -> list[ProblemResult]:
         samples = self.config.evaluate.samples
-        width = max(1, self.config.rollout.max_sequences // max(1, samples))
+        at_once = self.config.rollout.max_sequences * (REFILLS if engine.capabilities.continuous else 1)
+        width = max(1, at_once // max(1, samples))
         results: list[ProblemResult] = []
         for start in range(0, len(prompts), width):
             piece = prompts[start : start + width]

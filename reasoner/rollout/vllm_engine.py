@@ -53,7 +53,7 @@ DEFAULTS = {
 class VllmEngine:
     """An `Engine` over a policy with an adapter on a CUDA card."""
 
-    capabilities = Capabilities(name="vllm", own_weights=True, images=False)
+    capabilities = Capabilities(name="vllm", own_weights=True, images=False, continuous=True)
 
     def __init__(
         self,
