@@ -63,7 +63,7 @@ def check_before_loading(config: Config) -> None:
         if stage in config.stages and not _optimizer_runs_here(getattr(config, stage).optim.optimizer)
     ]
     if config.rollout.engine == "vllm" and (why := obstacle(config)):
-        refused.append(f"rollout.engine=vllm can't be had: {why}")
+        refused.append(f"rollout.engine=vllm can't be had: {why}. rollout=hf samples without it")
     if refused:
         raise ConfigError("; ".join(refused))
     limit = context_limit(config.model)

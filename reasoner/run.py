@@ -20,7 +20,7 @@ from reasoner import checkpoint, signals, world
 from reasoner.assembly import NO_CONTEXT_LIMIT, Parts
 from reasoner.checkpoint import Progress
 from reasoner.console import Console
-from reasoner.data.order import Order
+from reasoner.data.order import Draw, Order
 from reasoner.errors import Interrupted
 from reasoner.metrics import step_row
 from reasoner.models.loading import load_saved
@@ -88,26 +88,26 @@ class Run:
             step, cursor = saved.progress.step, saved.progress.cursor
             load_optimizer(stage.updater.optimizer, saved.tensors, saved.state["optimizer"])
             stage.updater.load_state(saved.state["updater"])
-        order = Order(stage.num_rows, self.parts.config.seed)
+        draw = Draw(Order(stage.num_rows, self.parts.config.seed), cursor)
         engine = self.parts.engine
         if stage.samples:
             engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
         with nullcontext() if stage.samples else asleep(engine):
-            self._learn(stage, stage_index, order, step, cursor)
+            self._learn(stage, stage_index, step, draw)
         engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
         self.parts.policy.eval()
 
-    def _learn(self, stage: TrainingStage, stage_index: int, order: Order, step: int, cursor: int) -> None:
+    def _learn(self, stage: TrainingStage, stage_index: int, step: int, draw: Draw) -> None:
         """Steps from `step` to the stage's last, with their rows, checkpoints and signals."""
         name = stage.name
         while step < stage.num_steps:
             torch.manual_seed(derived_seed(self.parts.config.seed, stage_index, step))
-            values = stage.step(order.take(cursor, stage.rows_per_step), step + 1, self.policy_step)
-            step, cursor, self.policy_step = step + 1, cursor + stage.rows_per_step, self.policy_step + 1
+            values = stage.step(draw, step + 1, self.policy_step)
+            step, self.policy_step = step + 1, self.policy_step + 1
             self._tell(stage, step_row(name, stage_index, step, self.policy_step, values))
             signal = signals.agreed()
             if step % self.parts.config.checkpoint.every == 0 or step == stage.num_steps or signal:
-                self._save(stage, Progress(stage_index, name, step, self.policy_step, cursor))
+                self._save(stage, Progress(stage_index, name, step, self.policy_step, draw.cursor))
             if signal:
                 raise Interrupted(signal, f"interrupted at {name} step {step}; {self.how_to_go_on()}")
 

@@ -1,15 +1,16 @@
 """The two training stages as the pipeline sees them: rows, steps, and what one step does with some of the rows."""
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from reasoner import world
 from reasoner.assembly import Parts
 from reasoner.console import Console
+from reasoner.data.order import Draw
 from reasoner.grpo.advantages import JudgedGroup
 from reasoner.grpo.trainer import GRPOTrainer
 from reasoner.run_folder import RunFolder
 from reasoner.sft import SFTTrainer
+from reasoner.types import Prompt
 from reasoner.update import Updater
 
 
@@ -20,11 +21,10 @@ class TrainingStage(Protocol):
     samples: bool  # whether its steps need the engine awake
     updater: Updater
     num_rows: int
-    rows_per_step: int
     num_steps: int
 
-    def step(self, indices: Sequence[int], step: int, policy_step: int) -> dict[str, float]:
-        """Learn from these rows, one update of the policy; the step's numbers, named as in `metrics.NAMES`. Steps
+    def step(self, draw: Draw, step: int, policy_step: int) -> dict[str, float]:
+        """Learn from the next rows, one update of the policy; the step's numbers, named as in `metrics.NAMES`. Steps
         count from 1."""
         ...
 
@@ -57,9 +57,9 @@ class SftStage:
         self.trainer = SFTTrainer(parts.policy, self.updater)
         parts.policy.train_mode(dropout=True)
 
-    def step(self, indices: Sequence[int], step: int, policy_step: int) -> dict[str, float]:
+    def step(self, draw: Draw, step: int, policy_step: int) -> dict[str, float]:
         """See TrainingStage."""
-        mine = indices[world.rank() :: world.size()]
+        mine = draw.take(self.rows_per_step)[world.rank() :: world.size()]
         return self.trainer.step([self.examples[i] for i in mine])
 
 
@@ -84,16 +84,24 @@ class GrpoStage:
         if self.settings.kl_coef > 0 and not parts.policy.has_reference:
             parts.policy.freeze_reference()
 
-    def step(self, indices: Sequence[int], step: int, policy_step: int) -> dict[str, float]:
+    def step(self, draw: Draw, step: int, policy_step: int) -> dict[str, float]:
         """See TrainingStage."""
-        mine = indices[world.rank() :: world.size()]
-        report = self.trainer.step([self.prompts[i] for i in mine], policy_step=policy_step)
+        mine = draw.take(self.rows_per_step)[world.rank() :: world.size()]
+        report = self.trainer.step(
+            [self.prompts[i] for i in mine], policy_step=policy_step, more=lambda count: self._fresh(draw, count)
+        )
         at = {"stage": self.name, "stage_index": self.stage_index, "step": step, "policy_step": policy_step}
         rows = [row for judged in report.judged for row in completion_rows(judged, at)]
         self.folder.append_completions([row for share in world.gather_over_ranks(rows) for row in share])
         if step % self.settings.show_every == 0:
             self.console.samples(step, [judged.group for judged in report.judged])
         return report.values
+
+    def _fresh(self, draw: Draw, count: int) -> list[Prompt]:
+        """This rank's next `count` prompts, while the other ranks take theirs."""
+        counts = world.gather_over_ranks(count)
+        begin = sum(counts[: world.rank()])
+        return [self.prompts[i] for i in draw.take(sum(counts))[begin : begin + count]]
 
 
 def make_trainer(parts: Parts, updater: Updater) -> GRPOTrainer:

@@ -28,6 +28,24 @@ class Order:
         ]
 
 
+class Draw:
+    """An order being gone through: what comes next, and where that is.
+
+    >>> draw = Draw(Order(num_rows=3, seed=0), cursor=4)
+    >>> len(draw.take(2)), draw.cursor
+    (2, 6)
+    """
+
+    def __init__(self, order: Order, cursor: int):
+        self.order, self.cursor = order, cursor
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` row numbers."""
+        rows = self.order.take(self.cursor, count)
+        self.cursor += count
+        return rows
+
+
 @lru_cache(maxsize=4)
 def _permutation(num_rows: int, seed: int, epoch: int) -> list[int]:
     rows = list(range(num_rows))

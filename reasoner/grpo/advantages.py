@@ -46,10 +46,21 @@ def judge(groups: Sequence[Group], *, advantage: Advantage, scale: Scale) -> lis
     return [_judge(group, advantage, scale, batch_std) for group in groups]
 
 
-def _judge(group: Group, advantage: Advantage, scale: Scale, batch_std: float | None) -> JudgedGroup:
+def has_signal(group: Group) -> bool:
+    """Whether at least two of its rewards are valid and they differ."""
     rewards = _valid_rewards(group)
-    if len(rewards) < 2 or max(rewards) - min(rewards) <= EPSILON:
-        return JudgedGroup(group, (0.0,) * len(group.scores), dead=True)
+    return len(rewards) > 1 and max(rewards) - min(rewards) > EPSILON
+
+
+def judged_dead(group: Group) -> JudgedGroup:
+    """The group as one that teaches nothing."""
+    return JudgedGroup(group, (0.0,) * len(group.scores), dead=True)
+
+
+def _judge(group: Group, advantage: Advantage, scale: Scale, batch_std: float | None) -> JudgedGroup:
+    if not has_signal(group):
+        return judged_dead(group)
+    rewards = _valid_rewards(group)
     divisor = 1.0
     if scale != "none":
         divisor = EPSILON + (_std(rewards) if batch_std is None else batch_std)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from reasoner.config import Config, build
 from reasoner.errors import GuardTripped
-from reasoner.grpo.advantages import JudgedGroup, judge
+from reasoner.grpo.advantages import JudgedGroup, judge, judged_dead
 from reasoner.grpo.batch import PackedBatch, TrainBatch, collate, loss_inputs, pack, train_batch
 from reasoner.grpo.kl import ESTIMATORS, PENALTY, k3, penalized, sequence_kl
 from reasoner.grpo.losses import Loss, reduce
 from reasoner.grpo.mismatch import Mismatch
+from reasoner.grpo.resample import More, Sampled, sample
 from reasoner.metrics import Stopwatch, Sums, peak_gib
 from reasoner.models.policy import Policy
 from reasoner.rewards.base import Rewards
@@ -27,6 +28,11 @@ from reasoner.rollout.engine import Engine, Sampling, asleep
 from reasoner.rollout.single_turn import rollout
 from reasoner.types import Completion, Group, Prompt
 from reasoner.update import LossOutput, Updater, UpdateResult
+
+
+def no_more(count: int) -> Sequence[Prompt]:
+    """No further prompts."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,26 +77,34 @@ class GRPOTrainer:
         self.kl_in_loss = config.grpo.kl_in == "loss" and config.grpo.kl_coef > 0
         self.kl_in_reward = config.grpo.kl_in == "reward" and config.grpo.kl_coef > 0
 
-    def step(self, prompts: Sequence[Prompt], *, policy_step: int) -> StepReport:
-        """One policy update from this rank's prompts: sample, judge, learn.
+    def step(self, prompts: Sequence[Prompt], *, policy_step: int, more: More = no_more) -> StepReport:
+        """One policy update from this rank's prompts: sample, judge, learn. `more` gives further prompts to
+        grpo.resample.
 
         Raises GuardTripped where too many rewards failed, the engine disagrees with the trainer, or gradients stay
         non-finite.
         """
         watch = Stopwatch()
-        with watch.measure("generate_s"):
-            completions = rollout(prompts, lambda ps: self.engine.generate(ps, self.sampling, policy_step=policy_step))
-        with watch.measure("reward_s"):
-            groups = self._score(prompts, completions)
+        sampled = sample(
+            prompts, lambda ps: self._practise(ps, policy_step, watch), more, rounds=self.settings.resample
+        )
         with asleep(self.engine):
             with watch.measure("logprobs_s"):
-                judged = self._judge(groups)
+                judged = self._judge(sampled.kept)
                 batch = self._with_logprobs(judged)
             with watch.measure("update_s"):
                 updates = [self.updater.run(batch, self._objective) for _ in range(self.settings.inner_steps)]
         with watch.measure("sync_s"):
             self.engine.load_adapter(self.policy.trainable(), policy_step + 1)
-        return StepReport(tuple(judged), self._report(groups, judged, updates, watch))
+        report = self._report(sampled, judged, updates, watch)
+        return StepReport((*judged, *(judged_dead(group) for group in sampled.dropped)), report)
+
+    def _practise(self, prompts: Sequence[Prompt], policy_step: int, watch: Stopwatch) -> list[Group]:
+        """Groups of completions with their scores."""
+        with watch.measure("generate_s"):
+            completions = rollout(prompts, lambda ps: self.engine.generate(ps, self.sampling, policy_step=policy_step))
+        with watch.measure("reward_s"):
+            return self._score(prompts, completions)
 
     def _score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
         flat = [(prompt, c) for prompt, several in zip(prompts, completions, strict=True) for c in several]
@@ -162,9 +176,10 @@ class GRPOTrainer:
         return replace(output, sum=total, metrics=metrics)
 
     def _report(
-        self, groups: Sequence[Group], judged: Sequence[JudgedGroup], updates: Sequence[UpdateResult], watch: Stopwatch
+        self, sampled: Sampled, judged: Sequence[JudgedGroup], updates: Sequence[UpdateResult], watch: Stopwatch
     ) -> dict[str, float]:
-        pairs = [(c, s) for group in groups for c, s in zip(group.completions, group.scores, strict=True)]
+        # Means speak of the first round: later ones are made of what had no signal, and would flatter.
+        pairs = [(c, s) for group in sampled.first for c, s in zip(group.completions, group.scores, strict=True)]
         valid = [score for _, score in pairs if not score.failed]
         sums = Sums()
         sums.add("reward_mean", sum(score.total for score in valid), len(valid))
@@ -175,13 +190,16 @@ class GRPOTrainer:
         sums.count("useful_groups", sum(not group.dead for group in judged))
         sums.count("groups", len(judged))
         sums.count("reward_failures", len(pairs) - len(valid))
+        everything = (*sampled.kept, *sampled.dropped)
+        sums.count("tokens", sum(len(c.token_ids) for group in everything for c in group.completions))
+        if self.settings.resample:
+            sums.count("resampled_groups", len(everything) - len(sampled.first))
         num_tokens = sum(len(completion.token_ids) for completion, _ in pairs)
-        sums.count("tokens", num_tokens)
         sums.add("completion_tokens_mean", num_tokens, len(pairs))
         sums.add("cut_share", sum(completion.finish_reason == "length" for completion, _ in pairs), len(pairs))
         if self.kl_in_reward:
             charged = [-s.parts[PENALTY] for group in judged for s in group.group.scores]
-            sums.add("kl", sum(charged), num_tokens)
+            sums.add("kl", sum(charged), sum(len(c.token_ids) for group in sampled.kept for c in group.completions))
         values = sums.values()
         sampled_tokens = values.pop("tokens")
         learned = _over_inner_steps(updates)

@@ -23,9 +23,9 @@ def obstacle(config_: config.Config) -> str | None:
     Looks at the machine and the settings, not at the model: `check_policy` does.
     """
     if not torch.cuda.is_available():
-        return "there is no CUDA GPU (set rollout=hf)"
+        return "there is no CUDA GPU"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        return f"{torch.cuda.get_device_name()} has no bfloat16 (set rollout=hf)"
+        return f"{torch.cuda.get_device_name()} has no bfloat16"
     try:
         installed = version("vllm")
     except PackageNotFoundError:
@@ -33,11 +33,11 @@ def obstacle(config_: config.Config) -> str | None:
     if installed != VLLM:
         return f"vllm {installed} is installed and {VLLM} is needed: pip install 'vllm=={VLLM}'"
     if world.size() > 1:
-        return "it samples on one GPU, and torchrun started several processes (set rollout=hf)"
+        return "it samples on one GPU, and torchrun started several processes"
     if config_.model.lora is None:
-        return "it needs an adapter to hand over: set model.lora.r=32, or rollout=hf to train every weight"
+        return "it needs an adapter to hand over: set model.lora.r=32"
     if config_.model.dtype == "float32":
-        return "it samples in bfloat16: set model.dtype=auto, or rollout=hf"
+        return "it samples in bfloat16: set model.dtype=auto"
     own = config_.rollout.share_base is False
     if own and (config_.model.gguf or config_.model.quantize == "nf4"):
         return "with rollout.share_base=false it reads 16-bit weights from a folder or the hub: set share_base=true"
@@ -53,14 +53,14 @@ def choose(config_: config.Config, policy: Policy) -> tuple[str, str]:
     if why is None and config_.rollout.share_base and policy.weights is None:
         why = (
             f"the weights of this {policy.family.name} model can't be shared with it: set rollout.share_base=false, "
-            "which loads them a second time, or rollout=hf"
+            "which loads them a second time"
         )
     if why is None:
         shared = "from the trainer's own weights" if config_.rollout.share_base else "from a second copy of the weights"
         chose = "auto chose vllm" if asked == "auto" else "vllm"
         return "vllm", f"rollout.engine: {chose}; it samples {shared}"
     if asked == "vllm":
-        raise ConfigError(f"rollout.engine=vllm can't be had: {why}")
+        raise ConfigError(f"rollout.engine=vllm can't be had: {why}. rollout=hf samples without it")
     return "hf", f"rollout.engine: auto chose hf; vllm can't be had: {why}"
 
 
