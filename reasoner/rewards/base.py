@@ -1,9 +1,10 @@
 """Scores for completions: named reward functions, each called by parameter name in a worker process, summed with their
 weights.
 
-A reward is a plain function `score(completion, answer, **columns) -> float | None`. Each completion is scored on its
-own, so order, batch and number of workers change nothing. What fails (an exception, NaN, a wrong type, a hang) is a
-failure in the record, never a 0. Left out: rewards that compare the completions of a group, and async functions.
+A reward is a plain function `score(completion, answer, **columns) -> float | None`, or one of the other kinds in
+signatures.py. Each completion is scored on its own, so order, batch and number of workers change nothing. What fails
+(an exception, NaN, a wrong type, a hang) is a failure in the record, never a 0. Left out: rewards that compare the
+completions of a group.
 """
 
 import os
@@ -14,42 +15,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from reasoner.config import Reward, nearest
+from reasoner.config import Reward
 from reasoner.errors import RewardError
-from reasoner.rewards.pool import Call, Failure, Outcome, Pool, Setup
+from reasoner.rewards.pool import Call, Failure, Named, Outcome, Pool, Setup
+from reasoner.rewards.signatures import OWN_NAMES as OWN_NAMES  # what data must not name a column
+from reasoner.rewards.signatures import Signature, signature_of
 from reasoner.rewards.sources import BUILTINS, parameters_of, source_of
 from reasoner.types import Completion, Prompt, Score
 
-OWN_NAMES = ("completion", "answer", "prompt", "finish_reason", "num_tokens")
 MAX_DEFAULT_WORKERS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One named reward, ready to be called. `wanted` are the names its function takes; None: all there are."""
+    """One named reward, ready to be called."""
 
     name: str
     weight: float
     timeout_s: float
     options: Mapping[str, Any]
-    wanted: frozenset[str] | None
+    signature: Signature
     imports: Mapping[str, str]
 
     def call(self, prompt: Prompt, completion: Completion) -> Call:
-        """The call that scores this completion. Our own names come before options, and options before columns."""
-        values: dict[str, Any] = {
-            **prompt.columns,
-            **self.options,
-            "completion": prompt.prefill + completion.text,
-            "answer": prompt.answer,
-            "prompt": prompt.text,
-            "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.token_ids),
-        }
-        if self.wanted is not None:
-            values = {name: value for name, value in values.items() if name in self.wanted}
+        """The call that scores this completion."""
+        values = self.signature.arguments(prompt, completion, self.options)
         slow = self.imports.get(str(values.get("answer_kind")))
-        return Call(self.name, values, self.timeout_s, imports=(slow,) if slow else ())
+        return Call(self.name, values, self.timeout_s, (slow,) if slow else (), self.signature.returns)
 
 
 @dataclass(slots=True)
@@ -97,9 +89,14 @@ class Rewards:
 
 
 def _sum(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Score:
-    """Total = sum over the parts that apply and did not fail of weight x part."""
+    """Total = sum over the parts that apply and did not fail of weight x part; what came with a part stands beside it
+    as `part.name` and adds nothing.
+    """
     total, values, failures = 0.0, {}, {}
     for part, outcome in zip(parts, outcomes, strict=True):
+        if isinstance(outcome, Named):
+            values |= {f"{part.name}.{name}": number for name, number in outcome.numbers.items()}
+            outcome = outcome.value
         if isinstance(outcome, Failure):
             failures[part.name] = outcome.reason
         elif outcome is not None:
@@ -137,38 +134,10 @@ def load_rewards(
     parts = []
     for name, part in reward.parts.items():
         builtin = BUILTINS.get(part.fn) if part.fn not in (functions or {}) else None
-        wanted = _wanted(names[name], parameters[name], part.options, columns)
-        parts.append(Part(name, part.weight, part.timeout_s, part.options, wanted, builtin.imports if builtin else {}))
+        signature = signature_of(names[name], parameters[name], part.options, columns)
+        imports = builtin.imports if builtin else {}
+        parts.append(Part(name, part.weight, part.timeout_s, part.options, signature, imports))
     return Rewards(tuple(parts), setup, reward.workers or min(MAX_DEFAULT_WORKERS, _cores()))
-
-
-def _wanted(
-    where: str, parameters: Mapping[str, Any], options: Mapping[str, Any], columns: set[str]
-) -> frozenset[str] | None:
-    """The names to call the function with. Raises RewardError for a parameter that nothing fills and an option that
-    nothing takes.
-    """
-    where = f"{where} (line {parameters['line']})" if parameters["line"] else where
-    known = [*OWN_NAMES, *sorted(options), *sorted(columns - set(OWN_NAMES))]
-    for option in options:
-        if option in OWN_NAMES:
-            raise RewardError(
-                f"{where}: the option '{option}' is an argument that every reward gets: choose another name"
-            )
-        if not parameters["takes_all"] and option not in parameters["required"] + parameters["optional"]:
-            raise RewardError(
-                f"{where} takes no option '{option}'{nearest(option, parameters['required'] + parameters['optional'])}"
-            )
-    for name in parameters["required"]:
-        if name not in known:
-            close = nearest(name, known)
-            there = "" if close.startswith(";") else f" There are: {', '.join(known)}"
-            raise RewardError(
-                f"{where} asks for '{name}', which is no argument of a reward, no option and no column{close}{there}"
-            )
-    if parameters["takes_all"]:
-        return None
-    return frozenset(parameters["required"] + parameters["optional"])
 
 
 def _cores() -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reasoner.rewards.worker import LOADED, UNLOADABLE, VALUE, Source
+from reasoner.rewards.worker import FAILED, LOADED, NAMED, RETURNS_ONE, UNLOADABLE, Source
 
 START_S = 120.0  # for loading: a reward's module may import torch on a busy machine
 MEMORY_GIB = 4  # private memory of a worker; math-verify takes 0.1, `import torch` 0.5
@@ -41,7 +41,8 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One function to call once. `imports` are modules to load first, outside the limit.
+    """One function to call once. `imports` are modules to load first, outside the limit; `returns` is what its kind of
+    function promises.
 
     >>> Call("accuracy", {"completion": "#### 4", "answer": "4"}, timeout_s=5.0)
     """
@@ -50,6 +51,7 @@ class Call:
     arguments: Mapping[str, Any]
     timeout_s: float
     imports: tuple[str, ...] = ()
+    returns: str = RETURNS_ONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,18 @@ class Failure:
     reason: str
 
 
-Outcome = float | None | Failure
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A value, and the numbers that came with it by name.
+
+    >>> Named(1.5, {"accuracy": 1.0, "format": 0.5})
+    """
+
+    value: float | None
+    numbers: Mapping[str, float]
+
+
+Outcome = float | Named | None | Failure
 
 
 class Worker:
@@ -95,17 +108,19 @@ class Worker:
                 return Failure(f"its worker could not be started again: {loaded[2]}")
         for module in call.imports:
             if module not in self._imported:
-                outcome = self._call("import", module, b"", START_S)
+                outcome = self._call("import", module, b"", RETURNS_ONE, START_S)
                 if outcome is not None:
                     return outcome
                 self._imported.add(module)
-        return self._call("call", call.part, blob, call.timeout_s)
+        return self._call("call", call.part, blob, call.returns, call.timeout_s)
 
-    def _call(self, kind: str, name: str, blob: bytes, limit_s: float) -> Outcome:
-        reply = self._ask(pickle.dumps((kind, name, blob)), limit_s)
+    def _call(self, kind: str, name: str, blob: bytes, returns: str, limit_s: float) -> Outcome:
+        reply = self._ask(pickle.dumps((kind, name, blob, returns)), limit_s)
         if reply is None or self._expired:
             return Failure(self._end(limit_s))
-        return reply[1] if reply[0] == VALUE else Failure(reply[1])
+        if reply[0] == FAILED:
+            return Failure(reply[1])
+        return Named(*reply[1]) if reply[0] == NAMED else reply[1]
 
     def _ask(self, request: bytes, limit_s: float) -> tuple[Any, ...] | None:
         """The reply to a request; None where the process had to be killed or died on its own."""

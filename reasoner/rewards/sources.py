@@ -1,10 +1,11 @@
-"""Where a reward function comes from: `file.py:function`, `module:function`, a built-in name, or a Python function
-handed in.
+"""Where a reward function comes from: `file.py:function`, `module:function`, a built-in name, an entry point's name, or
+a Python function handed in.
 
 The parent reads a file's text but runs none of it: a module with a hang or a crash in it harms a worker only, and a
 worker that is replaced in mid-run runs the text that the run began with.
 """
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ BUILTINS = {
     "length": Builtin("reasoner.rewards.length", "length"),
 }
 HOW = "give file.py:function, module:function or a built-in name"
+ENTRY_POINTS = "reasoner.rewards"  # the group in which an installed package offers rewards by name
 
 
 def source_of(key: str, fn: str, functions: Mapping[str, Callable[..., Any]], base_dir: Path) -> Source:
@@ -56,6 +58,8 @@ def source_of(key: str, fn: str, functions: Mapping[str, Callable[..., Any]], ba
     place, colon, name = fn.rpartition(":")
     if not colon and fn.endswith(".py"):
         raise RewardError(f"{key}={fn} names no function: write {fn}:NAME")
+    if not colon and (offered := _entry_point(key, fn)):
+        return offered
     if not place or not name:
         raise RewardError(f"{key}={fn}: {HOW}{nearest(fn, sorted([*BUILTINS, *functions]))}")
     if not place.endswith(".py"):
@@ -68,6 +72,15 @@ def source_of(key: str, fn: str, functions: Mapping[str, Callable[..., Any]], ba
         return ("file", str(path.resolve()), name, path.read_bytes())
     except OSError as error:
         raise RewardError(f"{key}={fn}: {path} can't be read: {error.strerror}") from None
+
+
+def _entry_point(key: str, name: str) -> Source | None:
+    """The function that an installed package offers under this name; its metadata is read, its code is not run."""
+    offered = {(point.module, point.attr) for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)}
+    if len(offered) > 1:
+        said = ", ".join(sorted(f"{module}:{function}" for module, function in offered))
+        raise RewardError(f"{key}={name}: more than one installed package offers it: name one of {said}")
+    return next((("module", module, function, b"") for module, function in offered), None)
 
 
 def parameters_of(setup: Setup, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 MAX_REASON_CHARS = 300
 LOADED, UNLOADABLE, ABSENT = "loaded", "unloadable", "absent"  # replies to the setup
-VALUE, FAILED = "value", "failed"  # replies to a call
+VALUE, NAMED, FAILED = "value", "named", "failed"  # replies to a call
+# What a function may return: a float, None, (score, extras) or named parts; a list; a float or a dict with a score.
+RETURNS_ONE, RETURNS_LIST, RETURNS_SCORE = "one", "list", "score"
 PICKLED_FILE = "<dynamic-code>"  # what cloudpickle gives for the file of a pickled function's lines
 
 # Where a function comes from: ("file", path, function, the file's text), ("module", module, function, b""), or
@@ -136,8 +138,8 @@ def describe(function: Any) -> dict[str, Any]:
     """A reward function's parameters. Raises TypeError where it can't be called by parameter name once a completion."""
     if not callable(function):
         raise TypeError(f"it is {type(function).__name__}, not a function")
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError("it is async: a reward is a plain function")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError("it yields: a reward returns its score")
     parameters = inspect.signature(function).parameters.values()
     unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     if unnamed:
@@ -147,32 +149,89 @@ def describe(function: Any) -> dict[str, Any]:
     return {
         "required": [p.name for p in by_name if p.default is p.empty],
         "optional": [p.name for p in by_name if p.default is not p.empty],
-        "takes_all": any(p.kind is p.VAR_KEYWORD for p in parameters),
+        "takes_all": next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), ""),
+        "annotations": {p.name: _written(p.annotation) for p in by_name if p.annotation is not p.empty},
         "line": code.co_firstlineno if code else None,
     }
 
 
+def _written(annotation: Any) -> str:
+    """An annotation as its author wrote it, or nearly: `list[dict[str, str]]`."""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
 def answer(functions: dict[str, Function], request: tuple[Any, ...]) -> tuple[str, Any]:
-    """(VALUE, a finite float or None), or (FAILED, why)."""
-    kind, name, blob = request
+    """(VALUE, a finite float or None), (NAMED, (the same, floats by name)) or (FAILED, why)."""
+    kind, name, blob, returns = request
     try:
         if kind == "import":
             importlib.import_module(name)
             return (VALUE, None)
-        return judge(functions[name].call(**pickle.loads(blob)))
+        value = functions[name].call(**pickle.loads(blob))
+        if inspect.isawaitable(value):
+            value = _waited_for(value)
+        return judge(value, returns)
     except BaseException as error:  # noqa: BLE001  a stranger's function: whatever it raises, SystemExit too, is its failure
         return (FAILED, reason_of(error, functions[name].file if name in functions else ""))
 
 
-def judge(value: Any) -> tuple[str, Any]:
-    """What a reward returned, held to `float | None`: bool and int count as floats, everything else is a failure,
-    never a 0.
+def _waited_for(value: Any) -> Any:
+    import asyncio  # a tenth of a second, which most runs don't need
+
+    async def wait() -> Any:
+        return await value
+
+    return asyncio.run(wait())
+
+
+def judge(value: Any, returns: str) -> tuple[str, Any]:
+    """What a reward returned, held to what its signature promises; everything else is a failure, never a 0."""
+    if returns == RETURNS_LIST:
+        if not isinstance(value, list | tuple):
+            return (FAILED, f"returned {type(value).__name__}: a function of lists returns a list of floats and Nones")
+        if len(value) != 1:
+            return (FAILED, f"returned {type(value).__name__} of {len(value)} for one completion")
+        value = value[0]
+        return _with_names(value, "score") if isinstance(value, dict) else _number(value)
+    if returns == RETURNS_SCORE:
+        return _with_names(value, "score") if isinstance(value, dict) else _number(value)
+    if isinstance(value, dict):
+        return _with_names(value, None)
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
+        verdict, number = _number(value[0])
+        return (verdict, number) if verdict == FAILED else (NAMED, (number, _numbers_of(value[1])))
+    return _number(value)
+
+
+def _with_names(values: dict[Any, Any], score: str | None) -> tuple[str, Any]:
+    """A dict's value: its entry `score`, and the rest beside it; without one the sum of its parts, all numbers or
+    None.
     """
+    if score is not None:
+        if score not in values:
+            return (FAILED, f"returned a dict without '{score}': it has {', '.join(map(str, values)) or 'nothing'}")
+        verdict, number = _number(values[score])
+        rest = {name: value for name, value in values.items() if name != score}
+        return (verdict, number) if verdict == FAILED else (NAMED, (number, _numbers_of(rest)))
+    if "score" in values:
+        return (FAILED, "returned named parts, one of them 'score': return (score, extras), or rename the part")
+    judged = {str(name): _number(value) for name, value in values.items()}
+    for name, (verdict, reason) in judged.items():
+        if verdict == FAILED:
+            return (FAILED, f"its part '{name}': {reason}")
+    parts = {name: number for name, (_, number) in judged.items() if number is not None}
+    return (NAMED, (sum(parts.values()) if parts else None, parts))
+
+
+def _numbers_of(extras: dict[Any, Any]) -> dict[str, float]:
+    judged = {str(name): _number(value) for name, value in extras.items()}
+    return {name: number for name, (verdict, number) in judged.items() if verdict == VALUE and number is not None}
+
+
+def _number(value: Any) -> tuple[str, Any]:
+    """(VALUE, a finite float or None): bool and int count as floats."""
     if value is None:
         return (VALUE, None)
-    if inspect.iscoroutine(value):
-        value.close()
-        return (FAILED, "returned a coroutine: a reward is a plain function, not async")
     if not isinstance(value, numbers.Real):
         length = f" of {len(value)}" if isinstance(value, list | tuple) else ""
         return (

@@ -112,7 +112,14 @@ RETURNS = {
     "[1.0, 0.0]": (None, "returned list of 2: a reward returns one float for its one completion"),
     "Tensor()": (None, "returned Tensor"),
     "1j": (None, "returned complex"),
-    "later()": (None, "returned a coroutine"),
+    "later()": (1.0, {}),
+    "(0.5, {'length': 3})": (0.5, {}),
+    "{'accuracy': 1, 'format': 0.5, 'none': None}": (1.5, {}),
+    "{'accuracy': 'yes'}": (None, "its part 'accuracy': returned str"),
+    "{'score': 1.0, 'format': 0.5}": (None, "one of them 'score'"),
+    "{}": (None, {}),
+    "(0.5, 0.5)": (None, "returned tuple of 2"),
+    "(None, {'length': 3})": (None, {}),
     "1 / 0": (None, "ZeroDivisionError: division by zero (my_reward.py:7)"),
     "open('/no/such')": (None, "FileNotFoundError"),
     "json.loads('{')": (None, "(my_reward.py:7)"),  # the reward's own line, not the library's
@@ -136,7 +143,9 @@ def test_e8_what_a_reward_may_return(load, make_prompt, make_completion, tmp_pat
             assert reason in score.failures["part"], text
             assert score.failed
         else:
-            assert score.parts == ({} if value is None else {"part": value}), text
+            named = {name: number for name, number in score.parts.items() if name != "part"}
+            assert score.parts.get("part") == value, text
+            assert bool(named) == ("length" in text or "format" in text), text
             assert not score.failed
 
 
@@ -253,7 +262,7 @@ def test_rewards_that_can_not_be_found(load, tmp_path):
         ("x = 1\nimport no_such_package\n", "ModuleNotFoundError: No module named 'no_such_package' (my_reward.py:2)"),
         ("def score(completion): return 1\nraise SystemExit(3)\n", "SystemExit: 3 (my_reward.py:2)"),
         ("import os\nos._exit(4)\n", "its process ended (exit code 4) while loading"),
-        ("async def score(completion): return 1\n", "is async"),
+        ("def score(completion): yield 1\n", "it yields"),
         ("def score(completion, /): return 1\n", "'completion' is positional-only"),
         ("score = 3\n", "it is int, not a function"),
     ],
