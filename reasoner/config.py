@@ -83,8 +83,9 @@ class Data:
     """Where rows come from and how they become prompts. `sft.data`, `grpo.data` and `evaluate.sets.NAME` say only
     what differs."""
 
-    path: str | None = None  # a JSONL, CSV or Parquet file, or a folder that has the split as one; comes before `name`
-    name: str | None = None  # a hub dataset, or reasoning_gym/TASK
+    path: str | None = None  # a file, a folder or a pattern (rows/*.jsonl); comes before `name`
+    sheet: str | None = None  # of an Excel file; none: the only one that holds rows
+    name: str | None = None  # a hub dataset, reasoning_gym/TASK or reasoning_gym/mixture
     subset: str | None = None  # the hub's "config"
     split: str | None = None
     revision: str | None = None
@@ -157,6 +158,7 @@ class Grpo:
     max_completion_tokens: PositiveInt = 512
     tokens_per_micro_batch: PositiveInt = 8192
     inner_steps: PositiveInt = 1  # optimizer steps on one set of samples
+    resample: Annotated[int, Field(ge=0)] = 0  # rounds of fresh prompts for groups without signal, each at its price
     advantage: Literal["group", "leave_one_out", "opo"] = "group"
     advantage_scale: Literal["group", "batch", "none"] = "group"
     kl_coef: NonNegative = 0.0

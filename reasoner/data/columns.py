@@ -1,7 +1,9 @@
 """Text made from a row's columns: `"{question}\\n{options}"`.
 
 A name in braces is a column; `{metadata[expression]}` and `{prompt[0][content]}` reach into a cell; `{{` and `}}` are
-braces. Left out: format specifications and conversions (`data.map` is the place for those).
+braces. `[[...]]` around columns is a part that is left out where one of them is empty or not in the row; without a
+column in it, it is text. Left out: format specifications and conversions (`data.map` is the place for those), and
+optional parts inside others.
 """
 
 import json
@@ -11,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from reasoner.data.values import DoubtfulText
 from reasoner.errors import ConfigError, DataError
 
+OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 PARTS = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 PATH = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])+)")
 
@@ -26,25 +30,47 @@ class Column:
     steps: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class OptionalPart:
+    """A part of a template that is there only where all its columns are."""
+
+    pieces: tuple[str | Column, ...]
+
+
 @dataclass(frozen=True)
 class ColumnTemplate:
     """A template of the conf, parsed; `key` names its setting in errors.
 
-    >>> ColumnTemplate("Q: {question}", "data.prompt").fill({"question": "2+2?"})
+    >>> ColumnTemplate("Q: {question}[[ Hint: {hint}]]", "data.prompt").fill({"question": "2+2?", "hint": None})
     'Q: 2+2?'
 
-    Raises ConfigError for a brace that opens or closes nothing.
+    Raises ConfigError for a brace that opens or closes nothing, or an optional part in another.
     """
 
     text: str
     key: str
-    pieces: tuple[str | Column, ...] = field(init=False)
+    pieces: tuple[str | Column | OptionalPart, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        pieces: list[str | Column | OptionalPart] = []
+        for index, part in enumerate(OPTIONAL.split(self.text)):
+            inside = index % 2 == 1
+            found = self._parse(part) if not inside or "{" in part else [part]
+            if not inside:
+                pieces += found
+            elif not any(isinstance(piece, Column) for piece in found):
+                pieces += ["[[", *found, "]]"]
+            elif "[[" in part:
+                raise ConfigError(f"{self.key}={self.text!r}: an optional part [[...]] can't hold another")
+            else:
+                pieces.append(OptionalPart(tuple(found)))
+        object.__setattr__(self, "pieces", tuple(piece for piece in pieces if piece))
+
+    def _parse(self, text: str) -> list[str | Column]:
         pieces: list[str | Column] = []
         end = 0
-        for match in PARTS.finditer(self.text):
-            pieces.append(self.text[end : match.start()])
+        for match in PARTS.finditer(text):
+            pieces.append(text[end : match.start()])
             end = match.end()
             if match[0] in ("{{", "}}"):
                 pieces.append(match[0][0])
@@ -54,32 +80,69 @@ class ColumnTemplate:
                 raise ConfigError(
                     f"{self.key}={self.text!r}: braces that are text are doubled, {{{{ and }}}}; a column is {{NAME}}"
                 )
-        pieces.append(self.text[end:])
-        object.__setattr__(self, "pieces", tuple(piece for piece in pieces if piece))
+        pieces.append(text[end:])
+        return [piece for piece in pieces if piece]
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns it names, in order."""
+        """The columns it needs, in order."""
         return tuple(piece for piece in self.pieces if isinstance(piece, Column))
+
+    @property
+    def optional(self) -> tuple[Column, ...]:
+        """The columns that it uses where they are there, in order."""
+        parts = [piece for piece in self.pieces if isinstance(piece, OptionalPart)]
+        return tuple(piece for part in parts for piece in part.pieces if isinstance(piece, Column))
 
     def names(self, row: Mapping[str, Any]) -> set[str]:
         """The names of the row's columns that it uses."""
-        return {column.written if column.written in row else column.name for column in self.columns}
+        return {column.written if column.written in row else column.name for column in (*self.columns, *self.optional)}
 
     def values(self, row: Mapping[str, Any]) -> list[str]:
-        """The text of each column it names. Raises DataError, listing the columns there are, if one is missing."""
+        """The text of each column it needs. Raises DataError, listing the columns there are, if one is missing."""
         return [cell_text(self._cell(row, column)) for column in self.columns]
+
+    def wording(self, row: Mapping[str, Any]) -> str:
+        """The row's own words in it: the values of all columns, those of optional parts too."""
+        return " ".join([*self.values(row), *(text for part in self._parts(row) for text in part if text)])
 
     def fill(self, row: Mapping[str, Any], each: Callable[[str], str] = str) -> str:
         """The text with the row's values, each passed through `each`. Raises DataError for a missing column."""
-        return "".join(
-            piece if isinstance(piece, str) else each(cell_text(self._cell(row, piece))) for piece in self.pieces
-        )
+        texts: list[str] = []
+        for piece in self.pieces:
+            if isinstance(piece, str):
+                texts.append(piece)
+            elif isinstance(piece, Column):
+                texts.append(each(cell_text(self._cell(row, piece))))
+            elif self._filled(piece, row):
+                texts += [
+                    one if isinstance(one, str) else each(cell_text(self._cell(row, one))) for one in piece.pieces
+                ]
+        return "".join(texts)
 
     def only_cell(self, row: Mapping[str, Any]) -> Any:
         """The cell itself where the template is one column and nothing else (a number is then no text yet); or None."""
         alone = self.pieces[0] if len(self.pieces) == 1 else None
         return self._cell(row, alone) if isinstance(alone, Column) else None
+
+    def has(self, row: Mapping[str, Any], column: Column) -> bool:
+        """Whether the row has the column."""
+        try:
+            self._cell(row, column)
+        except DataError:
+            return False
+        return True
+
+    def _filled(self, part: OptionalPart, row: Mapping[str, Any]) -> bool:
+        columns = [piece for piece in part.pieces if isinstance(piece, Column)]
+        return all(self.has(row, column) and cell_text(self._cell(row, column)).strip() for column in columns)
+
+    def _parts(self, row: Mapping[str, Any]) -> list[list[str]]:
+        return [
+            [cell_text(self._cell(row, one)) for one in piece.pieces if isinstance(one, Column)]
+            for piece in self.pieces
+            if isinstance(piece, OptionalPart) and self._filled(piece, row)
+        ]
 
     def _cell(self, row: Mapping[str, Any], column: Column) -> Any:
         if column.written in row:
@@ -105,9 +168,12 @@ def _column(written: str) -> Column:
 def cell_text(cell: Any) -> str:
     """A cell as text: "" for None and NaN, lists and mappings as JSON, everything else as Python writes it.
 
-    Raises DataError for a list of chat messages, which no prompt means to print.
+    Raises DataError for a list of chat messages, which no prompt means to print, for bytes, and for a cell whose text
+    we can't be sure of.
     """
     if isinstance(cell, str):
+        if isinstance(cell, DoubtfulText):
+            raise DataError(cell.doubt)
         return cell
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
@@ -115,4 +181,6 @@ def cell_text(cell: Any) -> str:
         if isinstance(cell, list) and cell and isinstance(cell[0], Mapping) and {"role", "content"} <= set(cell[0]):
             raise DataError("a cell holds chat messages, not text: take one of them with {COLUMN[0][content]}")
         return json.dumps(cell, ensure_ascii=False, default=str)
+    if isinstance(cell, bytes | bytearray | memoryview):
+        raise DataError("a cell holds bytes, not text: change it by data.map")
     return str(cell)

@@ -1,52 +1,50 @@
-"""Rows of local files, each with its `file:line` (`file:row N` where a file has no lines): JSONL, JSON, CSV and
-Parquet, told apart by the file's ending.
+"""Rows of local files, each with its `file:line` (`file:row N` where a file has no lines), told apart by the file's
+ending.
 
 A CSV cell is the text that the file holds: no reader guesses a type, so `007`, `NA` and twenty digits stay what they
-are. Left out: Excel (its dates and numbers are guesses already) and compressed files.
+are; a JSON number with a point keeps its literal. A file that says a thing in two ways is refused. Left out:
+compressed files, and bytes that were changed inside a text (nothing in a text file tells).
 """
 
 import csv
-import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from reasoner.data.excel import read_excel
+from reasoner.data.parquet import read_parquet
+from reasoner.data.places import files_of
+from reasoner.data.values import written_float
 from reasoner.errors import DataError
 
 Located = tuple[dict[str, Any], str]  # a row's columns and its file:line
 SEPARATORS = ",;\t"
 MAX_CELL_CHARS = 2**31 - 1  # csv's own limit is 131,072, less than one long document
+EXCEL = (".xlsx", ".xlsm")
 
 
-def file_of(path: str, split: str | None = None) -> Path:
-    """The file that `data.path` means: itself, or in a folder the one named after the split.
-
-    Raises DataError if there is none, or it ends in nothing that we read.
-    """
-    place = Path(path).expanduser()
-    if place.is_dir():
-        found = [f for f in sorted(place.iterdir()) if f.stem == split and f.suffix.lower() in READERS]
-        if len(found) == 1:
-            return found[0]
-        there = ", ".join(sorted(f.name for f in place.iterdir() if f.suffix.lower() in READERS)) or "no data file"
-        raise DataError(f"data.path={path} is a folder: name a file in it, or set data.split; there is: {there}")
-    if not place.exists():
-        names = [f.name for f in place.parent.iterdir()] if place.parent.is_dir() else []
-        close = difflib.get_close_matches(place.name, names, n=1)
-        hint = f"; did you mean {place.parent / close[0]}?" if close else ": give the path of a file that is there"
-        raise DataError(f"data.path={path}: there is no such file{hint}")
-    if place.suffix.lower() not in READERS:
-        raise DataError(f"data.path={path}: a file ends in {', '.join(READERS)}; save it as one of these")
-    return place
+def find_files(path: str, split: str | None = None) -> list[Path]:
+    """The files that `data.path` means: see places.files_of."""
+    return files_of(path, split, ENDINGS)
 
 
-def read_file(path: Path) -> Iterator[Located]:
+def read_files(files: list[Path], sheet: str | None = None) -> Iterator[Located]:
+    """The rows of all files in order. Raises DataError, with file:line, if one is empty, unreadable or broken."""
+    for file in files:
+        yield from read_file(file, sheet)
+
+
+def read_file(path: Path, sheet: str | None = None) -> Iterator[Located]:
     """The rows of a file in its order. Raises DataError, with file:line, if the file is empty, unreadable or broken."""
+    ending = path.suffix.lower()
+    if sheet is not None and ending not in EXCEL:
+        raise DataError(f"data.sheet={sheet}: {path} is no Excel file: leave data.sheet out, or set it to null here")
+    rows = read_excel(path, sheet) if ending in EXCEL else READERS[ending](path)
     count = 0
     try:
-        for row in READERS[path.suffix.lower()](path):
+        for row in rows:
             yield row
             count += 1
     except OSError as error:
@@ -65,6 +63,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{path}:{number}: byte {byte} is not UTF-8: save the file as UTF-8") from None
 
 
+def _txt(path: Path) -> Iterator[Located]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield {"text": line.rstrip("\r\n")}, f"{path}:{number}"
+
+
 def _jsonl(path: Path) -> Iterator[Located]:
     for number, line in _lines(path):
         if line.strip():
@@ -73,16 +77,49 @@ def _jsonl(path: Path) -> Iterator[Located]:
 
 def _json_file(path: Path) -> Iterator[Located]:
     lines = list(_lines(path))
-    if not "".join(text for _, text in lines).lstrip().startswith("["):
-        yield from _jsonl(path)
+    whole = "".join(text for _, text in lines)
+    if not whole.lstrip().startswith("["):
+        yield from _objects(path, lines, whole)
         return
-    for number, row in enumerate(_json("".join(text for _, text in lines), path, 1), start=1):
+    for number, row in enumerate(_json(whole, path, 1), start=1):
         yield _object(row, f"{path}:row {number}"), f"{path}:row {number}"
+
+
+def _objects(path: Path, lines: list[tuple[int, str]], whole: str) -> Iterator[Located]:
+    """A JSON file that is no list: one object a line, or one object that holds the list (`{"data": [...]}`)."""
+    first = next((line for _, line in lines if line.strip()), "")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        value = _json(whole, path, 1) if whole.strip() else {}
+        lists = [name for name, rows in value.items() if isinstance(rows, list)] if isinstance(value, dict) else []
+        if len(lists) == 1:
+            for number, row in enumerate(value[lists[0]], start=1):
+                yield _object(row, f"{path}:{lists[0]} row {number}"), f"{path}:{lists[0]} row {number}"
+            return
+        if whole.strip():
+            raise DataError(
+                f"{path} is one JSON object, not rows: write a list of objects, or an object a line"
+            ) from None
+    for number, line in lines:
+        if line.strip():
+            yield _object(_json(line, path, number), f"{path}:{number}"), f"{path}:{number}"
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_float=written_float)
 
 
 def _json(text: str, path: Path, first_line: int) -> Any:
     try:
-        value = json.loads(text.rstrip("\r\n"))  # an object cut short is broken on its own line, not on the next
+        value = DECODER.decode(text.rstrip("\r\n"))  # an object cut short is broken on its own line, not on the next
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is legal JSON and no text
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -90,6 +127,8 @@ def _json(text: str, path: Path, first_line: int) -> Any:
         raise DataError(f"{path}:{line}: broken JSON at column {column} ({error.msg}): repair the line") from None
     except UnicodeEncodeError:
         raise DataError(f"{path}:{first_line}: half of a surrogate pair is no character: repair the text") from None
+    except (ValueError, RecursionError) as error:  # two equal names, 4,300 digits, 1,000 brackets
+        raise DataError(f"{path}:{first_line}: JSON that no row can hold ({error}): repair the line") from None
     return value
 
 
@@ -114,16 +153,23 @@ def _csv(path: Path) -> Iterator[Located]:
             where, start = f"{path}:{start}", blank + reader.line_num + 1
             if not header:
                 header = _header(cells, where)
-            elif len(cells) > len(header):
-                mark = "tab" if separator == "\t" else repr(separator)
-                raise DataError(
-                    f"{where}: {len(cells)} cells for the {len(header)} columns of the header: put a cell that holds "
-                    f"a {mark} into double quotes"
-                )
-            elif cells:
-                yield dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True)), where
+            elif cells and (len(cells) > 1 or len(header) == 1 or cells[0].strip()):
+                _check_width(cells, header, separator, where)
+                yield dict(zip(header, cells, strict=True)), where
     except csv.Error as error:
         raise DataError(f"{path}:{start}: broken CSV ({error}): repair the quotes of this row") from None
+
+
+def _check_width(cells: list[str], header: list[str], separator: str, where: str) -> None:
+    if len(cells) == len(header):
+        return
+    mark = "tab" if separator == "\t" else repr(separator)
+    remedy = (
+        f"put a cell that holds a {mark} into double quotes"
+        if len(cells) > len(header)
+        else f"write a {mark} for each empty cell too"
+    )
+    raise DataError(f"{where}: {len(cells)} cells for the {len(header)} columns of the header: {remedy}")
 
 
 def _header(cells: list[str], where: str) -> list[str]:
@@ -134,19 +180,13 @@ def _header(cells: list[str], where: str) -> list[str]:
     return names
 
 
-def _parquet(path: Path) -> Iterator[Located]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}:row {number}"
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no whole Parquet file ({error}): copy it again".replace("\n", " ")) from None
-
-
-READERS = {".jsonl": _jsonl, ".json": _json_file, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json_file,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".txt": _txt,
+    ".parquet": read_parquet,
+}
+ENDINGS = (*READERS, *EXCEL)

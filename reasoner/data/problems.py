@@ -15,6 +15,7 @@ from reasoner.config import Data
 from reasoner.data.columns import ColumnTemplate
 from reasoner.data.gold import GoldAnswer
 from reasoner.data.rows import Row, Rows
+from reasoner.data.shapes import Shape
 from reasoner.errors import ConfigError, DataError
 from reasoner.rewards.base import OWN_NAMES
 
@@ -39,6 +40,7 @@ class Problem:
     answer: str
     completion: str
     columns: Mapping[str, Any]
+    system: str = ""  # the row's own system text, guarded
 
 
 @contextmanager
@@ -51,41 +53,49 @@ def at(where: str) -> Iterator[None]:
 
 
 def make_problems(
-    rows: Rows, data: Data, guard: Callable[[str], str], *, worked: bool
+    rows: Rows, data: Data, guard: Callable[[str], str], *, worked: bool, shape: Shape | None = None
 ) -> tuple[list[Problem], Counter[str]]:
-    """The problems of `rows` and counts (rows, dropped_by_map, empty). With `worked` each has its SFT text, else "".
+    """The problems of `rows` and counts (rows, dropped_by_map, several_turns, empty). With `worked` each has its SFT
+    text, else "". `shape` reads rows of another program; `data` then has its templates.
 
     Raises DataError, with the row's place, for a missing column, one that shadows a reward's argument, or an answer
     that can't be found.
     """
-    reader = _Reader(data, guard, worked)
+    reader = _Reader(data, guard, worked, shape is not None)
     problems: list[Problem] = []
     counts = Counter(rows=len(rows.rows) + rows.dropped_by_map, dropped_by_map=rows.dropped_by_map)
     for row in rows.rows:
         with at(row.where):
-            problem = reader.read(row)
+            columns = shape.columns(row.columns) if shape else row.columns
+            problem = reader.read(row, columns) if columns is not None else None
         if problem:
             problems.append(problem)
         else:
-            counts["empty"] += 1
+            counts["several_turns" if columns is None else "empty"] += 1
+    reader.check_optional(rows)
     return problems, counts
 
 
 class _Reader:
-    def __init__(self, data: Data, guard: Callable[[str], str], worked: bool):
+    def __init__(self, data: Data, guard: Callable[[str], str], worked: bool, has_system: bool):
+        self.has_system = has_system
         self.data, self.guard = data, guard
         self.prompt = ColumnTemplate(data.prompt, "data.prompt")
         self.gold = GoldAnswer(data)
         given = data.completion is not None
         self.completion = ColumnTemplate(data.completion or "", "data.completion") if given else None
         self.worked = worked
-        if not self.prompt.columns:
+        self.optional = dict.fromkeys(self.prompt.optional, False)
+        if self.completion and worked:
+            self.optional |= dict.fromkeys(self.completion.optional, False)
+        if not (self.prompt.columns or self.prompt.optional):
             raise ConfigError(f"data.prompt={data.prompt!r} names no column: write {{COLUMN}} into it")
 
-    def read(self, row: Row) -> Problem | None:
+    def read(self, row: Row, columns: Mapping[str, Any]) -> Problem | None:
         """The row's problem, None if a cell that it needs is blank."""
-        columns = row.columns
         self._check_names(columns)
+        for column, seen in self.optional.items():
+            self.optional[column] = seen or self.prompt.has(columns, column)
         values = self.prompt.values(columns)
         answer = self.gold.read(columns)
         blank = not all(value.strip() for value in values) or (not answer and self.gold.template.columns)
@@ -97,11 +107,21 @@ class _Reader:
             number=row.number,
             where=row.where,
             question=self.prompt.fill(columns, self.guard),
-            wording=" ".join(values),
+            wording=self.prompt.wording(columns),
             answer=answer,
             completion=completion,
             columns={"answer_kind": self.data.answer_kind, **kept},
+            system=self.guard(str(columns.get("system") or "")) if self.has_system else "",
         )
+
+    def check_optional(self, rows: Rows) -> None:
+        """Raises DataError for a column of an optional part that no row has: it would be left out unseen."""
+        missing = [column.written for column, seen in self.optional.items() if not seen]
+        if missing and rows.rows:
+            there = ", ".join(map(str, rows.rows[0].columns))
+            raise DataError(
+                f"no row has the column '{missing[0]}', which an optional part [[...]] asks for; there are: {there}"
+            )
 
     def _completion(self, columns: Mapping[str, Any], answer: str) -> str:
         if self.completion is None:

@@ -21,7 +21,9 @@ def make_prompts(
     rendered: list[Rendered] = []
     for problem in problems:
         with at(problem.where):
-            rendered.append(template.render(problem.question, data.system))
+            rendered.append(
+                template.render(problem.question, problem.system or None if data.system is None else data.system)
+            )
     all_ids = template.all_prompt_ids([one.text for one in rendered])
     made = [
         (problem, _prompt(f"{source}:{problem.number}", problem, one, ids, template))

@@ -6,16 +6,17 @@ change while we train.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reasoner.config import Data
-from reasoner.data.files import Located, file_of, read_file
+from reasoner.data.files import ENDINGS, Located, find_files, read_files
 from reasoner.data.gym import PREFIX, read_gym
 from reasoner.data.hub import read_hub
 from reasoner.data.mapping import load_map
+from reasoner.data.python_rows import rows_from_python
 from reasoner.errors import ConfigError, DataError
 
 
@@ -39,9 +40,9 @@ class Rows:
     dropped_by_map: int
 
 
-def read_rows(data: Data, rows: Iterable[Mapping[str, Any]] | None = None) -> Rows:
-    """At most `data.limit` rows after `data.map`: of `rows` where Python hands some in, else of `data.path`, else of
-    `data.name`.
+def read_rows(data: Data, rows: Any = None) -> Rows:
+    """At most `data.limit` rows after `data.map`: of `rows` (see rows_from_python) where Python hands some in, else of
+    `data.path`, else of `data.name`.
 
     Raises DataError naming file:line, ConfigError if nothing says where rows come from, MissingExtra without
     reasoning-gym.
@@ -62,37 +63,28 @@ def read_rows(data: Data, rows: Iterable[Mapping[str, Any]] | None = None) -> Ro
     return Rows(kept, dropped)
 
 
-def source_of(data: Data, rows: Iterable[Mapping[str, Any]] | None = None) -> tuple[str, ...]:
+def source_of(data: Data, rows: Any = None) -> tuple[str, ...]:
     """What tells two sources apart; sections with equal sources read the same rows, if maybe not as many of them."""
     if rows is not None:
         return ("rows",)
     if data.path:
-        return ("file", str(file_of(data.path, data.split).resolve()))
+        sheet = () if data.sheet is None else (f"sheet {data.sheet}",)
+        return ("file", *(str(file.resolve()) for file in find_files(data.path, data.split)), *sheet)
     if data.name and data.name.startswith(PREFIX):
         return ("gym", data.name, json.dumps(data.options, sort_keys=True, default=str), str(data.seed))
     return ("hub", str(data.name), str(data.subset), str(data.split), str(data.revision))
 
 
-def _located(data: Data, rows: Iterable[Mapping[str, Any]] | None) -> Iterator[Located]:
+def _located(data: Data, rows: Any) -> Iterator[Located]:
     if rows is not None:
-        return _given(rows)
+        given = rows_from_python(rows, data.split)
+        return ((dict(row), f"row {number}") for number, row in enumerate(given, start=1))
     if data.path:
-        return read_file(file_of(data.path, data.split))
+        return read_files(find_files(data.path, data.split), data.sheet)
     if not data.name:
         raise ConfigError("nothing says where rows come from: give data.path=FILE or data.name=HUB_OR_GYM_NAME")
     if data.name.startswith(PREFIX):
         return read_gym(data.name, size=data.size, seed=data.seed, options=data.options)
-    if Path(data.name).exists() or Path(data.name).suffix in (".jsonl", ".csv", ".parquet"):
+    if Path(data.name).exists() or Path(data.name).suffix in ENDINGS:
         raise ConfigError(f"data.name={data.name} looks like a file: say data.path={data.name}")
     return read_hub(data.name, subset=data.subset, split=data.split, revision=data.revision)
-
-
-def _given(rows: Iterable[Mapping[str, Any]]) -> Iterator[Located]:
-    number = 0
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping):
-            hint = ' (a DataFrame goes in as frame.to_dict("records"))' if hasattr(rows, "to_dict") else ""
-            raise DataError(f"row {number} is a {type(row).__name__}, not a mapping of columns to values{hint}")
-        yield dict(row), f"row {number}"
-    if not number:
-        raise DataError("the rows handed in from Python are empty: was the iterable used up before?")

@@ -8,14 +8,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reasoner.config import Config, Data, data_of
 from reasoner.data.examples import make_examples
-from reasoner.data.problems import Problem, make_problems
+from reasoner.data.problems import Problem, at, make_problems
 from reasoner.data.prompts import make_prompts
+from reasoner.data.python_rows import rows_from_python
 from reasoner.data.rows import Rows, read_rows, source_of
+from reasoner.data.shapes import shape_of
 from reasoner.data.split import drop_duplicates, exact_key, take_heldout, without_heldout, without_overlap, words
 from reasoner.data.templates import Template, make_template
 from reasoner.errors import ConfigError, DataError, ModelError
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
 HELDOUT = "heldout"
 TRAINING = ("sft", "grpo")
 MEASURING = {"evaluate", "export"}
-OWN_SOURCE = {"path", "name", "subset", "split"}
+OWN_SOURCE = {"path", "name", "subset", "split", "sheet"}
 SETTING = re.compile(r"(?<![\w./])data\.(\w+)")
 # What can become of a row, in the order in which it can happen, with the words for it.
 COUNTS = {
     "dropped_by_map": "dropped by data.map",
+    "several_turns": "conversations of several turns",
     "empty": "empty",
     "heldout": "held out",
     "duplicates": "duplicates",
@@ -57,6 +60,7 @@ class Task:
     prompts: tuple[Prompt, ...]
     sets: Mapping[str, tuple[Prompt, ...]]
     report: Report
+    notes: tuple[str, ...] = ()  # what was recognised in the rows
 
     @property
     def overlap_removed(self) -> dict[str, int]:
@@ -67,12 +71,12 @@ class Task:
         }
 
     def lines(self) -> list[str]:
-        """A line a section, and the first prompt as the model reads it."""
+        """What was recognised, a line a section, and the first prompt as the model reads it."""
         prompts = [*self.prompts[:1], *(example.prompt for example in self.examples[:1])]
         prompts += [prompt for one in self.sets.values() for prompt in one[:1]]
         text = prompts[0].text if len(prompts[0].text) <= SHOWN_CHARS else f"{prompts[0].text[:SHOWN_CHARS]}..."
         shown = f"the first prompt, {len(prompts[0].token_ids)} tokens: {text!r}"
-        return [*(_line(name, counts) for name, counts in self.report.items()), shown]
+        return [*self.notes, *(_line(name, counts) for name, counts in self.report.items()), shown]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +96,20 @@ class Section:
         return self.name in TRAINING
 
 
-def load_task(
-    config: Config, tokenizer: "PreTrainedTokenizerBase", rows: Iterable[Mapping[str, Any]] | None = None
-) -> Task:
-    """The task of the conf; `rows` from Python stand in for those of `data`, and of sections without their own source.
+def load_task(config: Config, tokenizer: "PreTrainedTokenizerBase", rows: Any = None) -> Task:
+    """The task of the conf; `rows` from Python (see rows_from_python) stand in for those of `data`, and of sections
+    without their own source.
 
     Raises DataError (with file:line), ConfigError, ModelError (the template, characters) or MissingExtra.
     """
-    sections = _sections(config, None if rows is None else list(rows))
+    sections = _sections(config, None if rows is None else rows_from_python(rows, config.data.split))
     template = _template_of(sections, tokenizer)
-    problems, counts = _read(sections, template)
+    problems, counts, notes = _read(sections, template)
     _split(sections, problems, counts)
     measured = not MEASURING.isdisjoint(config.stages)
     used = [section for section in sections if section.trains or measured]
-    return _encode(used, problems, counts, template, config.sft.max_completion_tokens)
+    task = _encode(used, problems, counts, template, config.sft.max_completion_tokens)
+    return replace(task, notes=notes)
 
 
 def _sections(config: Config, given: Sequence[Mapping[str, Any]] | None) -> list[Section]:
@@ -158,18 +162,28 @@ def _template_of(sections: Sequence[Section], tokenizer: "PreTrainedTokenizerBas
     return make_template(tokenizer, first.data)
 
 
-def _read(sections: Sequence[Section], template: Template) -> tuple[dict[str, list[Problem]], dict[str, Counter[str]]]:
+def _read(
+    sections: Sequence[Section], template: Template
+) -> tuple[dict[str, list[Problem]], dict[str, Counter[str]], tuple[str, ...]]:
     problems: dict[str, list[Problem]] = {}
     counts: dict[str, Counter[str]] = {}
     known: dict[tuple[Any, ...], Rows] = {}
+    notes: list[str] = []
     for section in sections:
         data, name = section.data, section.name
         key = (section.source, data.map, data.limit, data.size)
         with naming(section.where, section.own):
             if key not in known:
                 known[key] = read_rows(data, section.given)
-            problems[name], counts[name] = make_problems(known[key], data, template.guard, worked=name == "sft")
-    return problems, counts
+            rows = known[key]
+            first = rows.rows[0] if rows.rows else None
+            shape = shape_of(first.columns, data) if first else None
+            if shape and first:
+                with at(first.where):
+                    data = shape.settings(data, first.columns)
+                notes.append(f"{name}: {shape.told(data)}")
+            problems[name], counts[name] = make_problems(rows, data, template.guard, worked=name == "sft", shape=shape)
+    return problems, counts, tuple(notes)
 
 
 def _split(sections: Sequence[Section], problems: dict[str, list[Problem]], counts: Mapping[str, Counter[str]]) -> None:

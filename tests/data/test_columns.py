@@ -3,6 +3,7 @@
 import pytest
 
 from reasoner.data.columns import ColumnTemplate, cell_text
+from reasoner.data.values import doubtful
 from reasoner.errors import ConfigError, DataError
 
 ROW = {
@@ -71,6 +72,38 @@ def test_f4_nothing_becomes_the_word_nan() -> None:
         "0.1",
         "1e+22",
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "filled"),
+    [
+        ({"q": "a", "hint": "b", "by": "c"}, "a\n(b, c)!"),
+        ({"q": "a", "hint": "b", "by": " "}, "a!"),
+        ({"q": "a", "hint": None, "by": "c"}, "a!"),
+        ({"q": "a", "hint": "b"}, "a!"),
+    ],
+)
+def test_an_optional_part_is_left_out_where_a_column_of_it_is_empty(row: dict[str, str | None], filled: str) -> None:
+    template = ColumnTemplate("{q}[[\n({hint}, {by})]]!", "data.prompt")
+    assert template.fill(row) == filled
+    assert template.wording(row) == ("a b c" if "(" in filled else "a")
+    assert [column.name for column in template.columns] == ["q"]
+    assert [column.name for column in template.optional] == ["hint", "by"]
+    assert template.fill(row, str.upper) == filled.upper()
+
+
+def test_double_brackets_without_a_column_are_text() -> None:
+    assert ColumnTemplate("[[1,2],[3,4]] {q} [[{{x}}]]", "data.prompt").fill({"q": "a"}) == "[[1,2],[3,4]] a [[{x}]]"
+    assert ColumnTemplate("[[{m[a]}]]", "data.prompt").fill({"m": {"a": "b"}}) == "b"
+    with pytest.raises(ConfigError, match="can't hold another"):
+        ColumnTemplate("[[{a} [[{b}]]]]", "data.prompt")
+
+
+def test_cells_without_a_sure_text_are_refused() -> None:
+    with pytest.raises(DataError, match="sheet 'a', cell B2"):
+        cell_text(doubtful("3.14", "sheet 'a', cell B2: why"))
+    with pytest.raises(DataError, match="holds bytes"):
+        cell_text(b"3")
 
 
 def test_chat_messages_are_no_text() -> None:

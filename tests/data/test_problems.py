@@ -169,3 +169,13 @@ def test_problems_need_no_tokenizer() -> None:
     make: Callable[[str], str] = str.upper
     (problem,) = make_problems(read_rows(Data(), [{"question": "q", "answer": "a"}]), Data(), make, worked=True)[0]
     assert (problem.question, problem.completion, problem.answer) == ("Q", "A", "a")
+
+
+def test_a_column_of_an_optional_part_that_no_row_has_is_a_slip() -> None:
+    rows = [{"question": "q", "answer": "1"}, {"question": "r", "answer": "2", "hint": "h"}]
+    assert [one.question for one in problems_of(rows, prompt="{question}[[ {hint}]]")] == ["q", "r h"]
+    with pytest.raises(
+        DataError, match=r"no row has the column 'hnit', which an optional part \[\[\.\.\.\]\] asks for"
+    ):
+        problems_of(rows, prompt="{question}[[ {hnit}]]")
+    assert problems_of(rows, prompt="{question}", completion="{question}[[ {hnit}]]")  # no SFT, so nobody asks for it

@@ -49,14 +49,6 @@ def test_rows_from_python_that_are_none(given: Any, said: str) -> None:
         read_rows(Data(), given)
 
 
-def test_a_data_frame_is_told_how_to_go_in() -> None:
-    class Frame(list):
-        def to_dict(self) -> None: ...
-
-    with pytest.raises(DataError, match=r'frame\.to_dict\("records"\)'):
-        read_rows(Data(), Frame(["question", "answer"]))
-
-
 def test_path_comes_before_name(tmp_path: Path) -> None:
     rows = read_rows(Data(path=jsonl(tmp_path), name="openai/gsm8k")).rows
     assert [(row.columns["question"], row.number) for row in rows][:2] == [("q1", 1), ("q2", 2)]
@@ -207,6 +199,43 @@ def test_generated_rows_that_can_not_be(settings: dict[str, Any], said: str) -> 
     assert said in str(caught.value)
 
 
+MIXED = {"chain_sum": {"weight": 3, **SUMS}, "gcd": 1}
+
+
+def test_a_mixture_has_its_shares_in_every_stretch_and_verifiers_for_all() -> None:
+    data = Data(name="reasoning_gym/mixture", size=40, options=MIXED)
+    rows = read_rows(data).rows
+    tasks = [row.columns["task"] for row in rows]
+    assert [tasks[start : start + 4].count("gcd") for start in range(0, 40, 4)] == [1] * 10
+    assert rows[0].where == "reasoning_gym/mixture:row 1 (chain_sum)"
+    for row in rows:
+        score = reasoning_gym.get_score_answer_fn(row.columns["task"])
+        assert score(row.columns["answer"], dict(row.columns)) == 1.0
+    assert len({row.columns["question"] for row in rows if row.columns["task"] == "gcd"}) == 10
+    assert read_rows(data).rows == rows
+    assert source_of(data) != source_of(Data(name="reasoning_gym/mixture", size=40, options={"gcd": 1}))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "name its tasks, data.options={chain_sum: 2"),
+        ({"chain_sums": 1}, "no task 'chain_sums': did you mean 'chain_sum'?"),
+        ({"chain_sum": 0}, "data.options.chain_sum: the weight 0 is no number above 0"),
+        ({"chain_sum": "much"}, "the weight 'much' is no number above 0"),
+        ({"chain_sum": {"min_term": 2}}, "data.options.chain_sum: reasoning-gym's chain_sum has no setting 'min_term'"),
+        ({"chain_sum": {"size": 2}}, "data.options.chain_sum.size: write data.size instead"),
+        ({"chain_sum": 1, "gcd": 0.001}, "data.options.gcd: its weight gives it none of data.size=4 rows"),
+    ],
+)
+def test_mixtures_that_can_not_be(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_rows(Data(name="reasoning_gym/mixture", size=4, options=options))
+    assert said in str(caught.value)
+    with pytest.raises(DataError, match=r"data\.size=ROWS"):
+        read_rows(Data(name="reasoning_gym/mixture", options={"gcd": 1}))
+
+
 def test_without_the_extra_it_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(MissingExtra, match=r"pip install -e '\.\[gym\]'"):
@@ -229,4 +258,5 @@ def test_sources_are_told_apart(tmp_path: Path) -> None:
         Data(name="reasoning_gym/chain_sum", size=9, options=dict(reversed(SUMS.items())))
     )
     assert source_of(gym) != source_of(Data(name="reasoning_gym/chain_sum", size=4, options=SUMS, seed=1))
+    assert source_of(Data(path=path, sheet="a")) != source_of(Data(path=path, sheet="b")) != same
     assert source_of(hub, [{}]) == source_of(gym, [{}]) == ("rows",)

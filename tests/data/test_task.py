@@ -47,7 +47,8 @@ def test_heldout_by_default_from_data_itself(conf: Conf, tokenizer: Any) -> None
 
 
 def others(*but: str) -> list[str]:
-    names = ["dropped_by_map", "empty", "heldout", "duplicates", "overlap_removed", "long_prompts", "long_completions"]
+    names = ["dropped_by_map", "several_turns", "empty", "heldout", "duplicates", "overlap_removed", "long_prompts"]
+    names.append("long_completions")
     return [name for name in names if name not in but]
 
 
