@@ -6,6 +6,7 @@ it ended.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,22 +113,18 @@ class Pipeline:
             facts["memory_parts"] = parts.memory.parts_gib()
         trackers = make_trackers(self.config.tracking, folder.path, config=plain(asdict(self.config)), say=console.say)
         run = Run(parts, folder, console, trackers, results, facts["stages"])
-        card_lost = False
-        try:
-            run.go_through(saved)
-        except torch.AcceleratorError as error:
-            card_lost = True
-            first = str(error).splitlines()[0]
-            raise GuardTripped(
-                f"the GPU failed: {first}. What this process had on it is lost; {run.how_to_go_on()}. If it happens "
-                "again at the same step, look at the driver's log (dmesg) and the card's temperature"
-            ) from error
-        finally:
-            if not card_lost:  # else every call to it fails, and the memory goes with the process
-                parts.engine.close()
-            parts.rewards.close()
+        with ExitStack() as closing:  # each, whatever another one raises
             for tracker in trackers:
-                tracker.close()
+                closing.callback(tracker.close)
+            closing.callback(parts.rewards.close)
+            try:
+                run.go_through(saved)
+            except torch.AcceleratorError as error:  # every call to the card would fail, the engine's closing too
+                raise GuardTripped(_card_failed(error, run.how_to_go_on())) from error
+            except BaseException:
+                closing.callback(parts.engine.close)
+                raise
+            closing.callback(parts.engine.close)
         console.table(results.rows, results.sentences())
         folder.write_summary(summary("done", facts, time.monotonic() - began))
         console.say(f"the whole run is in {folder.path}")
@@ -153,6 +150,14 @@ class Pipeline:
         ]
         if chosen:
             console.say(f"card: {' '.join(chosen)}")
+
+
+def _card_failed(error: Exception, how_to_go_on: str) -> str:
+    first = str(error).splitlines()[0]
+    remedy = "If it happens again at the same step, look at the driver's log (dmesg) and the card's temperature"
+    if "out of memory" in first:
+        remedy = "Raise rollout.keep_free_gib, or lower rollout.kv_gib or tokens_per_micro_batch"
+    return f"the GPU failed: {first}. What this process had on it is lost; {how_to_go_on}. {remedy}"
 
 
 def ending(error: ReasonerError) -> str:

@@ -166,17 +166,18 @@ class Updater:
         while True:
             try:
                 return self._pass(batch.split(self.tokens_per_micro_batch), loss)
-            except torch.OutOfMemoryError as error:
+            except torch.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
-                longest = max(piece.token_ids.numel() for piece in batch.split(1))
-                if self.tokens_per_micro_batch <= longest:
-                    raise OutOfMemory(
-                        f"out of memory with a single sequence of {longest} tokens: lower grpo.max_completion_tokens "
-                        "or data.max_prompt_tokens, or set model.gradient_checkpointing=true"
-                    ) from error
-                self.tokens_per_micro_batch = max(longest, self.tokens_per_micro_batch // 2)
+            # Out of the handler, so that the error no longer holds the activations of what failed.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            longest = max(piece.token_ids.numel() for piece in batch.split(1))
+            if self.tokens_per_micro_batch <= longest:
+                raise OutOfMemory(
+                    f"out of memory with a single sequence of {longest} tokens: lower grpo.max_completion_tokens "
+                    "or data.max_prompt_tokens, or set model.gradient_checkpointing=true"
+                )
+            self.tokens_per_micro_batch = max(longest, self.tokens_per_micro_batch // 2)
             self.say(f"out of memory: the step is redone with tokens_per_micro_batch={self.tokens_per_micro_batch}")
 
     def _pass(self, pieces: list[Any], loss: Callable[[Any], LossOutput]) -> dict[str, float]:

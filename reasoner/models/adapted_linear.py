@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from reasoner.models import nf4
@@ -33,7 +34,8 @@ class Adapted(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x, A and B; the base has none."""
         x, low, weight, a, b = ctx.saved_tensors
         (gradient,) = gradients

@@ -6,7 +6,7 @@ pickled files, which are never opened.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -29,31 +29,42 @@ WHOLE = "model.safetensors"
 def read(source: Source) -> Iterator[tuple[str, "Tensor | nf4.Packed"]]:
     """(name, value) of every weight, on the CPU; what bitsandbytes quantized comes packed. Raises what safetensors and
     the hub raise where a file can't be read."""
-    for path in _files(_folder(source)):
+    paths = _files(_folder(source))
+    place: dict[str, Path] = {}
+    for path in paths:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            packed = {name.split(nf4.STATE_KEY)[0] for name in names if nf4.STATE_KEY in name}
-            for name in sorted(names):
+            place |= dict.fromkeys(file.keys(), path)
+    packed = {name.split(nf4.STATE_KEY)[0] for name in place if nf4.STATE_KEY in name}
+    for path in paths:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in sorted(file.keys()):
                 if name in packed:
-                    companions = {
-                        other.removeprefix(f"{name}."): file.get_tensor(other)
-                        for other in names
-                        if other.startswith(f"{name}.")
-                    }
-                    yield _text_name(name), nf4.read_packed(name, file.get_tensor(name), companions)
+                    yield text_name(name), nf4.read_packed(name, file.get_tensor(name), _companions(name, place))
                 elif f"{name.rpartition('.weight.')[0]}.weight" not in packed:
-                    yield _text_name(name), file.get_tensor(name)
+                    yield text_name(name), file.get_tensor(name)
+
+
+def _companions(name: str, place: Mapping[str, Path]) -> dict[str, Tensor]:
+    """What describes a packed weight, by what follows its name; it may lie in another file than the weight."""
+    found: dict[str, Tensor] = {}
+    for other in (other for other in place if other.startswith(f"{name}.")):
+        with safe_open(place[other], framework="pt", device="cpu") as file:
+            found[other.removeprefix(f"{name}.")] = file.get_tensor(other)
+    return found
 
 
 def _folder(source: Source) -> Path:
     if Path(source.path).is_dir():
         return Path(source.path)
-    files = ["*.safetensors", INDEX]
-    return Path(
-        snapshot_download(
-            source.path, revision=source.revision, local_files_only=source.local_only, allow_patterns=files
-        )
-    )
+
+    def fetch(patterns: list[str]) -> Path:
+        how = {"revision": source.revision, "local_files_only": source.local_only}
+        return Path(snapshot_download(source.path, allow_patterns=patterns, **how))
+
+    folder = fetch([INDEX, WHOLE])  # then only what the index names: some repositories hold the model twice
+    if (folder / INDEX).is_file():
+        return fetch([path.name for path in _files(folder)])
+    return folder if (folder / WHOLE).is_file() else fetch(["*.safetensors"])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -66,7 +77,9 @@ def _files(folder: Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def _text_name(name: str) -> str:
+def text_name(name: str) -> str:
+    """The name of a parameter or module of the whole model, as the text model alone has it."""
+    name += "."
     for pattern, replacement in TEXT_PART.items():
         name = re.sub(pattern, replacement, name)
-    return name
+    return name.removesuffix(".")

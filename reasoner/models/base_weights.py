@@ -17,7 +17,8 @@ from torch import Tensor
 from reasoner.models import nf4
 
 VOCABULARY_ROWS = 64  # vLLM pads embedding and head to a multiple of so many rows; the padding is zeros
-PIECE = 1 << 24  # bytes that a checksum reads at once
+PIECE = 1 << 20  # bytes that a checksum reads at once; it makes four numbers of 8 bytes of each
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class BaseWeights:
@@ -90,9 +91,11 @@ class BaseWeights:
         self.tensors[name] = self.tensors[to]
 
     def fill(self, name: str, value: "Tensor | nf4.Packed") -> None:
-        """Write one weight. Raises ValueError if its shape is another."""
+        """Write one weight. Raises ValueError if its shape is another, or its numbers are no weights."""
         view, state = self.tensors[name], self.states.get(name.removesuffix(".weight"))
         shape = view.shape if state is None else state.shape
+        if not isinstance(value, nf4.Packed) and value.dtype not in PLAIN:
+            raise ValueError(f"{name}: the file has {value.dtype}, which is no plain weight")
         if value.shape != shape:
             raise ValueError(f"{name}: the file has {tuple(value.shape)}, the model {tuple(shape)}")
         if isinstance(value, nf4.Packed):

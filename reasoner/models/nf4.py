@@ -120,8 +120,9 @@ def read_packed(name: str, weight: Tensor, companions: Mapping[str, Tensor]) -> 
     state: Any = QuantState.from_dict(dict(companions), device=weight.device)
     if state.quant_type != "nf4" or state.blocksize != BLOCK or weight.dtype != torch.uint8:
         raise ModelError(
-            f"{name} is quantized as {state.quant_type} in blocks of {state.blocksize}; known is nf4 in blocks of "
-            f"{BLOCK}. Use the model as it was before it was quantized, with model.quantize=nf4"
+            f"{name} is quantized as {state.quant_type} in blocks of {state.blocksize}, stored as {weight.dtype}; "
+            f"known is nf4 in blocks of {BLOCK}, stored as torch.uint8. Use the model as it was before it was "
+            "quantized, with model.quantize=nf4"
         )
     absmax = state.absmax
     if state.nested:

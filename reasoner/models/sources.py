@@ -105,7 +105,11 @@ def read_config(model: config.Model) -> PretrainedConfig:
         return scratch.make_config(model.scratch, model.max_context)
     source = locate(model)
     try:
-        return AutoConfig.from_pretrained(source.path, **source.options).get_text_config()
+        whole = AutoConfig.from_pretrained(source.path, **source.options)
+        text = whole.get_text_config()
+        if hasattr(whole, "quantization_config"):  # a composite one says it for all of its parts
+            text.quantization_config = whole.quantization_config
+        return text
     except (OSError, ValueError, KeyError) as error:
         raise unreadable(model, error) from None
 

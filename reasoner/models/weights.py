@@ -54,6 +54,7 @@ def read(
         base.load_state_dict(tensors)
     else:
         hf_config = sources.read_config(model)
+        _check_quantized(model, hf_config)
         if shares(model, hf_config, device):
             return _onto_buffers(model, hf_config, base_files.read(sources.locate(model)), device)
         base = _from_pretrained(model, dtype, device)
@@ -64,6 +65,8 @@ def shares(model: config.Model, hf_config: PretrainedConfig, device: torch.devic
     """Whether the base goes into buffers of ours. Raises ModelError where NF4 was asked for and it can't."""
     family = family_of(hf_config)
     fits = model.lora is not None and device.type == "cuda" and dtype_of(model, device) == torch.bfloat16
+    if model.quantize == "nf4" and device.type != "cuda":
+        raise ModelError("model.quantize=nf4 needs a CUDA GPU: set model.quantize=none")
     if model.quantize == "nf4" and not (fits and family.shares):
         known = ", ".join(name for name, row in FAMILIES.items() if row.shares)
         raise ModelError(
@@ -72,17 +75,36 @@ def shares(model: config.Model, hf_config: PretrainedConfig, device: torch.devic
     return fits and family.shares
 
 
-def _onto_buffers(
-    model: config.Model, hf_config: PretrainedConfig, source: Iterable[tuple[str, Any]], device: torch.device
-) -> tuple[PreTrainedModel, BaseWeights]:
-    hf_config = copy.deepcopy(hf_config)
-    before = vars(hf_config).pop("quantization_config", None) or {}
-    before = before if isinstance(before, dict) else before.to_dict()
-    if before and model.quantize == "none":
+def _quantization(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """How a checkpoint was quantized before, {} where it was not."""
+    before = getattr(hf_config, "quantization_config", None) or {}
+    return before if isinstance(before, dict) else before.to_dict()
+
+
+def _check_quantized(model: config.Model, hf_config: PretrainedConfig) -> None:
+    """Raises ModelError for a checkpoint whose stored numbers would be read as weights that they are not."""
+    before = _quantization(hf_config)
+    if not before:
+        return
+    method = str(before.get("quant_method", "bitsandbytes"))
+    if method != "bitsandbytes" or not before.get("load_in_4bit"):
+        told = f"{method}, 8 bits" if before.get("load_in_8bit") else method
+        raise ModelError(
+            f"{model.name} is quantized ({told}), and only bitsandbytes' NF4 can be read: name the model as it was "
+            "before, with model.quantize=nf4 if it is too large"
+        )
+    if model.quantize == "none":
         raise ModelError(
             f"{model.name} is quantized already: set model.quantize=nf4, or name the model as it was before"
         )
-    skip = before.get("llm_int8_skip_modules") or ()
+
+
+def _onto_buffers(
+    model: config.Model, hf_config: PretrainedConfig, source: Iterable[tuple[str, Any]], device: torch.device
+) -> tuple[PreTrainedModel, BaseWeights]:
+    skip = [base_files.text_name(name) for name in _quantization(hf_config).get("llm_int8_skip_modules") or ()]
+    hf_config = copy.deepcopy(hf_config)
+    vars(hf_config).pop("quantization_config", None)
     quantize = model.quantize == "nf4"
     try:
         return base_model.build(hf_config, source, device=device, dtype=torch.bfloat16, quantize=quantize, skip=skip)

@@ -30,8 +30,9 @@ class Reading:
 class Canary:
     """Compares engine and trainer on a few tokens that stay the same."""
 
-    def __init__(self) -> None:
-        self.then: Tensor | None = None  # the trainer's at the last proof
+    def __init__(self, now: Tensor):
+        """`now`: the trainer's logprobs of the probe, with the weights that the engine has: float32 [T]."""
+        self.then = now  # the trainer's at the last proof
 
     def look(self, now: Tensor, sampled: Tensor) -> Reading:
         """Compare the trainer's and the engine's logprobs of the probe: float32 [T] each.
@@ -40,8 +41,6 @@ class Canary:
         """
         gap = float((sampled - now).abs().mean())
         arrived = None
-        if self.then is None:
-            self.then = now
         moved = now - self.then
         if float(moved.square().mean().sqrt()) > SPEAKS:
             arrived = float(moved.dot(sampled - self.then) / moved.dot(moved))

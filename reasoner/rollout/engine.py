@@ -8,7 +8,7 @@ single_turn.py) and streaming.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -86,12 +86,18 @@ class Engine(Protocol):
 
 @contextmanager
 def asleep(engine: Engine) -> Iterator[None]:
-    """The engine's memory is the trainer's inside this block; afterwards it is awake, also if the block raised."""
+    """The engine's memory is the trainer's inside this block; afterwards it is awake.
+
+    Also if the block raised, where there is room to wake in: what it raised says more than that there is none.
+    """
     engine.sleep()
     try:
         yield
-    finally:
-        engine.wake()
+    except BaseException:
+        with suppress(ModelError):
+            engine.wake()
+        raise
+    engine.wake()
 
 
 def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, max_context: int, engine: Capabilities) -> None:

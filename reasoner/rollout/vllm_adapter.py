@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from reasoner.errors import ModelError
 from reasoner.models.adapters import place_of
 from reasoner.models.base_model import siblings
 
@@ -42,6 +43,8 @@ class EngineAdapter:
         (unadapted siblings shift those after them)."""
         self.scaling = scaling
         self._parts: dict[str, AdapterPart] = {}
+        self._groups: dict[str, list[str]] = {}  # which modules a part is of
+        self._taken: set[str] = set()
         self._targets: dict[str, Tensor] = {}  # by the trained matrix's name
         names = {place_of(name): name for name in state}
         modules = dict.fromkeys(module for module, _ in names)
@@ -50,6 +53,7 @@ class EngineAdapter:
             if group[0] not in self._parts:
                 adapted = [sibling for sibling in group if sibling in modules]
                 self._parts[group[0]] = self._make_part(group, adapted, state, names, rows, dtype)
+                self._groups[group[0]] = group
         self.load(state)
 
     def _make_part(
@@ -79,8 +83,29 @@ class EngineAdapter:
         return sum(target.nbytes for target in self._targets.values())
 
     def part(self, modules: Sequence[str]) -> AdapterPart | None:
-        """What the engine's layer over these modules of the base adds; None where none of them is adapted."""
-        return self._parts.get(modules[0])
+        """What the engine's layer over these modules of the base adds; None where none of them is adapted.
+
+        Raises ModelError if the engine computes apart what lies together here.
+        """
+        owner = next((first for first, group in self._groups.items() if modules[0] in group), None)
+        if owner is None:
+            return None
+        if list(modules) != self._groups[owner]:
+            raise ModelError(
+                f"vLLM computes {', '.join(modules)} apart from its siblings, so the adapter can't be handed over: set "
+                "rollout=hf"
+            )
+        self._taken.add(owner)
+        return self._parts[owner]
+
+    def check_taken(self) -> None:
+        """Raises ModelError if a part was asked for by no layer of the engine: it would sample without it."""
+        left = sorted(self._parts.keys() - self._taken)
+        if left:
+            raise ModelError(
+                f"vLLM's model has no layer for {len(left)} parts of the adapter, first {left[0]}: it names its layers "
+                "otherwise. Set rollout=hf"
+            )
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -15,11 +15,12 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from reasoner.rollout.platform import engine_environment
 from reasoner.rollout.vllm_adapter import EngineAdapter
 from reasoner.types import Completion, Prompt
 
-PROBE_TOKENS = 256
+PROBE_TOKENS = 128
 GIB = 2**30
 # In this process, and nothing sent anywhere. FlashInfer's sampler is an extra package, and not used here.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
@@ -68,7 +69,7 @@ class VllmEngine:
         """`max_context`: tokens of prompt and completion together, of the longest there will be. `kv_bytes`: of the
         cache. `model_path`: a folder or hub id for an engine that loads weights of its own (rollout.share_base=false).
 
-        Raises ModelError where the card has no room.
+        Raises ModelError where the card has no room, or vLLM's model has no place for a part of the adapter.
         """
         self.policy, self.decode, self.max_context = policy, decode, max_context
         self.policy_step: int | None = None
@@ -80,13 +81,18 @@ class VllmEngine:
         self.llm: Any = None
         self._awake, self._cached = True, False
         self._probe: tuple[int, ...] = ()  # tokens for the canary; of the first call to generate
-        self._canary = Canary()
+        self._canary: Canary | None = None
         self.reading: Reading | None = None  # what the canary last found
         _set_environment()
-        with _random_state_kept():
-            self.llm, self.build_memory = _start(
-                self._folder, policy, self.adapter, rollout, max_context, kv_bytes, model_path
-            )
+        try:
+            with _random_state_kept():
+                self.llm, self.build_memory = _start(
+                    self._folder, policy, self.adapter, rollout, max_context, kv_bytes, model_path
+                )
+            self.adapter.check_taken()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
         """See `Engine.generate`.
@@ -102,20 +108,37 @@ class VllmEngine:
         # The likeliest completion is one; vLLM refuses to make copies of it.
         num = sampling.num_completions if sampling.temperature > 0 else 1
         self._cached = True
-        rows = [*(list(prompt.token_ids) for prompt in prompts), *([list(self._probe)] if self._probe else [])]
-        asked = [_parameters(sampling, num, seed) for seed in prompt_seeds(prompts, sampling, policy_step)]
         outputs = self._run(
-            [{"prompt_token_ids": ids, "cache_salt": str(policy_step)} for ids in rows],
-            [*asked, *([_scoring()] if self._probe else [])],
+            [{"prompt_token_ids": list(p.token_ids), "cache_salt": str(policy_step)} for p in prompts],
+            [_parameters(sampling, num, seed) for seed in prompt_seeds(prompts, sampling, policy_step)],
         )
-        if self._probe:
-            scored = _scored(outputs.pop(), self._probe)
-            self.reading = self._canary.look(self.policy.score(self._probe).cpu(), scored)
         found = [[self._completion(one, policy_step) for one in output.outputs] for output in outputs]
-        if not self._probe:
-            whole = [p.token_ids + several[0].token_ids for p, several in zip(prompts, found, strict=True)]
-            self._probe = max(whole, key=len)[: min(PROBE_TOKENS, self.max_context - 1)]
+        self._look(prompts, found, policy_step)
         return [several * (sampling.num_completions // num) for several in found]
+
+    def _look(self, prompts: Sequence[Prompt], found: Sequence[Sequence[Completion]], policy_step: int) -> None:
+        """Compare both sides on the probe, which the first call chooses: the row with most of a completion in it.
+
+        A call of its own: beside others vLLM would score every token of theirs too, in float32 over the vocabulary.
+        """
+        if not self._probe:
+            pairs = zip(prompts, found, strict=True)
+            rows = [(len(p.token_ids), p.token_ids + several[0].token_ids) for p, several in pairs]
+            size = min(PROBE_TOKENS, self.max_context - 1)
+            self._probe = max(rows, key=lambda row: min(size, len(row[1])) - row[0])[1][:size]
+            self._canary = Canary(self._trainer_scores(policy_step))
+        assert self._canary is not None
+        (output,) = self._run([{"prompt_token_ids": list(self._probe)}], [_scoring()])
+        self.reading = self._canary.look(self._trainer_scores(policy_step), _scored(output, self._probe))
+
+    def _trainer_scores(self, policy_step: int) -> Tensor:
+        try:
+            scores = self.policy.score(self._probe).cpu()
+        except torch.OutOfMemoryError as error:
+            raise _too_little_to_sample() from error
+        if not scores.isfinite().all():
+            raise _diverged(policy_step)
+        return scores
 
     def load_adapter(self, state: Mapping[str, Tensor], policy_step: int) -> None:
         """Copy the adapter, and forget what the cache knows of the old one."""
@@ -150,9 +173,10 @@ class VllmEngine:
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
         if self.llm is not None:
-            if not self._awake:
-                self.wake()
-            self.llm.llm_engine.engine_core.shutdown()
+            with suppress(ModelError):  # no room to wake in: the memory goes with the process
+                if not self._awake:
+                    self.wake()
+                self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
             gc.collect()  # its parts hold one another
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -164,10 +188,7 @@ class VllmEngine:
         try:
             return self.llm.generate(prompts, parameters, use_tqdm=False)
         except torch.OutOfMemoryError as error:
-            raise ModelError(
-                "out of memory while sampling: lower rollout.max_sequences or rollout.max_batched_tokens, or raise "
-                "rollout.keep_free_gib"
-            ) from error
+            raise _too_little_to_sample() from error
         finally:
             torch.set_num_threads(threads)
 
@@ -176,10 +197,7 @@ class VllmEngine:
         # One entry a token was asked for; more would mean that the sampled one has to be looked for.
         assert list(output.logprobs.token_ids) == list(ids) and output.finish_reason in ("stop", "length"), output
         if not all(logprob > float("-inf") for logprob in logprobs):
-            raise GuardTripped(
-                f"the model's scores are not finite at policy step {policy_step}: its weights have diverged; go on "
-                "from an earlier checkpoint with a lower learning rate"
-            )
+            raise _diverged(policy_step)
         stopped = output.finish_reason == "stop"
         return Completion(
             token_ids=ids,
@@ -190,6 +208,20 @@ class VllmEngine:
             policy_step_min=policy_step,
             policy_step_max=policy_step,
         )
+
+
+def _diverged(policy_step: int) -> GuardTripped:
+    return GuardTripped(
+        f"the model's scores are not finite at policy step {policy_step}: its weights have diverged; go on from an "
+        "earlier checkpoint with a lower learning rate"
+    )
+
+
+def _too_little_to_sample() -> ModelError:
+    return ModelError(
+        "out of memory while sampling: lower rollout.max_sequences or rollout.max_batched_tokens, or raise "
+        "rollout.keep_free_gib"
+    )
 
 
 def prompt_seeds(prompts: Sequence[Prompt], sampling: Sampling, policy_step: int) -> list[int]:
@@ -278,7 +310,10 @@ def _start(
                     "cudagraph_capture_sizes": capture_sizes(rollout.max_sequences),
                 },
             )
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
+        # The cache is allocated apart from torch, and its failure is a RuntimeError; too small a one is a ValueError.
+        if not re.search("out of memory|KV cache", str(error)):
+            raise
         free = torch.cuda.mem_get_info()[0] / GIB
         raise ModelError(
             f"out of memory while vLLM started with a cache of {kv_bytes / GIB:.1f} GiB ({free:.1f} GiB were free): "

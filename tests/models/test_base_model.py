@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from reasoner import config
 from reasoner.errors import ModelError
-from reasoner.models import adapters, base_files, base_model, nf4, weights
+from reasoner.models import adapters, base_files, base_model, nf4, sources, weights
 from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import FAMILIES, family_of
 from reasoner.models.policy import Policy
@@ -169,8 +169,8 @@ def test_a_missing_weight_and_one_of_another_shape_are_named() -> None:
         base_model.build(model.config, tensors.items(), device=CPU, dtype=torch.float32, quantize=False)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_checkpoint_that_bitsandbytes_quantized_keeps_its_codes(tmp_path: Path, nested: bool) -> None:
+@pytest.mark.parametrize(("nested", "pieces"), [(False, 1), (True, 1), (False, 3)])
+def test_a_checkpoint_that_bitsandbytes_quantized_keeps_its_codes(tmp_path: Path, nested: bool, pieces: int) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     model = make_model("llama", **NF4_SIZES).bfloat16()
@@ -184,22 +184,62 @@ def test_a_checkpoint_that_bitsandbytes_quantized_keeps_its_codes(tmp_path: Path
         else:
             tensors[name] = tensor
     base, buffers = base_model.build(
-        model.config, read(shards(tmp_path, tensors, 1)), device=CPU, dtype=torch.bfloat16, quantize=True
+        model.config, read(shards(tmp_path, tensors, pieces)), device=CPU, dtype=torch.bfloat16, quantize=True
     )
     assert base.config is not None and set(buffers.states) == set(truth)
     for name, true in truth.items():
         torch.testing.assert_close(buffers.matrix(name), true, rtol=2**-8, atol=0)
 
 
-def test_what_can_not_be_quantized_says_so() -> None:
-    model = config.Model(name="x", quantize="nf4", lora=config.Lora())
+NF4 = config.Model(name="m", quantize="nf4", lora=config.Lora())
+PLAIN = config.Model(name="m", lora=config.Lora())
+
+
+def test_a_family_that_can_not_be_quantized_says_so() -> None:
     with pytest.raises(ModelError, match=r"not there for this olmo2 model \(it is for llama, mistral"):
-        weights.shares(model, make_model("olmo2").config, torch.device("cuda"))
-    before = make_model("llama").config
-    before.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    plain = config.Model(name="x", lora=config.Lora())
-    with pytest.raises(ModelError, match=r"quantized already: set model\.quantize=nf4"):
-        weights._onto_buffers(plain, before, (), CPU)
+        weights.shares(NF4, make_model("olmo2").config, torch.device("cuda"))
+    with pytest.raises(ModelError, match="needs a CUDA GPU"):
+        weights.shares(NF4, make_model("llama").config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("before", "model", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, PLAIN, r"quantized already: set model\.quantize=nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, NF4, "quantized \\(bitsandbytes, 8 bits\\), and only"),
+        ({"quant_method": "fp8"}, NF4, "quantized \\(fp8\\), and only bitsandbytes' NF4"),
+        ({"quant_method": "gptq", "bits": 4}, PLAIN, "quantized \\(gptq\\), and only"),
+    ],
+)
+def test_a_checkpoint_whose_numbers_are_no_weights_is_refused(before, model, said: str) -> None:
+    settings = make_model("llama").config
+    settings.quantization_config = before
+    with pytest.raises(ModelError, match=said):
+        weights._check_quantized(model, settings)
+    settings.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    weights._check_quantized(NF4, settings)
+
+
+def test_stored_numbers_that_are_no_weights_are_refused_by_name() -> None:
+    model = make_model("llama")
+    tensors = {name: t.to(torch.float8_e4m3fn) if "k_proj" in name else t for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj\.weight: the file has torch\.float8_e4m3fn"):
+        base_model.build(model.config, tensors.items(), device=CPU, dtype=torch.float32, quantize=False)
+
+
+def test_a_composite_checkpoints_settings_and_names_reach_the_text_model(tmp_path: Path) -> None:
+    whole = {
+        "model_type": "gemma3",
+        "text_config": make_model("gemma3_text").config.to_dict(),
+        "vision_config": {"model_type": "siglip_vision_model"},
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(whole, default=str))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    found = sources.read_config(config.Model(name=str(tmp_path)))
+    assert found.model_type == "gemma3_text" and weights._quantization(found)["load_in_4bit"]
+    for name in ("language_model.model.layers.1.mlp", "model.language_model.layers.1.mlp", "model.layers.1.mlp"):
+        assert base_files.text_name(name) == "model.layers.1.mlp"
 
 
 def test_transformers_loads_nothing_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:

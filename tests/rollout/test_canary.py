@@ -27,7 +27,8 @@ class Sides:
 
 
 def make(step: float, seed: int = 0) -> tuple[Sides, Canary]:
-    return Sides(step, seed), Canary()
+    sides = Sides(step, seed)
+    return sides, Canary(sides.now)
 
 
 @pytest.mark.parametrize("step", [0.0, 0.005, 0.05, 0.5])
@@ -44,10 +45,14 @@ def test_an_engine_that_follows_is_let_through(step: float, seed: int) -> None:
 
 @pytest.mark.parametrize(("step", "within"), [(0.5, 2), (0.05, 4), (0.01, 60)])
 @pytest.mark.parametrize("seed", range(5))
-def test_an_engine_that_stopped_following_is_found_once_it_matters(step: float, within: int, seed: int) -> None:
+@pytest.mark.parametrize("lost_at_once", [False, True])
+def test_an_engine_that_stopped_following_is_found_once_it_matters(
+    step: float, within: int, seed: int, lost_at_once: bool
+) -> None:
     sides, canary = make(step, seed)
-    canary.look(sides.now, sides.engine())
-    sides.follows = False
+    if not lost_at_once:
+        canary.look(sides.now, sides.engine())
+    sides.kept, sides.follows = sides.now, False
     with pytest.raises(GuardTripped, match="samples from other weights than the trainer's"):
         for _ in range(within):
             sides.walk()

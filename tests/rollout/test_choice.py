@@ -56,7 +56,10 @@ def missing(package: str) -> str:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (lambda m: m.setattr(torch.cuda, "is_available", lambda: False), r"no CUDA GPU\. rollout=hf samples without it"),
+        (
+            lambda m: m.setattr(torch.cuda, "is_available", lambda: False),
+            r"no CUDA GPU\. rollout=hf samples without it",
+        ),
         (lambda m: m.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False), "Tesla T4 has no bf"),
         (lambda m: m.setattr(choice, "version", missing), r"needs the package 'vllm': pip install -e '.\[gpu\]'"),
         (

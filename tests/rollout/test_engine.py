@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from reasoner import config
+from reasoner.errors import ModelError, OutOfMemory
 from reasoner.rollout.engine import Sampling, asleep
 from reasoner.rollout.single_turn import rollout
 from reasoner.types import Prompt
@@ -40,6 +41,22 @@ def test_asleep_wakes_the_engine_also_when_training_raised():
         engine.calls.append("train")
         raise RuntimeError
     assert engine.calls == ["sleep", "train", "wake"]
+
+
+class Cramped(Sleeper):
+    """One that finds no room to wake."""
+
+    def wake(self) -> None:
+        super().wake()
+        raise ModelError("no room to wake the cache")
+
+
+def test_what_training_raised_is_not_hidden_by_an_engine_that_can_not_wake():
+    engine = Cramped()
+    with pytest.raises(OutOfMemory, match="lower grpo"), asleep(engine):  # type: ignore[arg-type]
+        raise OutOfMemory("out of memory with a single sequence: lower grpo.max_completion_tokens")
+    with pytest.raises(ModelError, match="no room"), asleep(engine):  # type: ignore[arg-type]
+        pass
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from reasoner import config
+from reasoner.errors import ModelError
 from reasoner.models.adapters import linear_rows, place_of
 from reasoner.models.base_model import GROUPS
 from reasoner.rollout.vllm_adapter import EngineAdapter
@@ -101,3 +102,18 @@ def test_an_adapter_of_other_names_is_our_own_mistake() -> None:
     state.pop(next(iter(state)))
     with pytest.raises(AssertionError):
         adapter.load(state)
+
+
+def test_every_part_has_to_be_taken_whole_by_a_layer_of_the_engine() -> None:
+    policy = adapted(("q_proj", "down_proj"))
+    adapter = copy_of(policy)
+    first = "model.layers.0.self_attn"
+    with pytest.raises(ModelError, match=r"computes model\.layers\.0\.self_attn\.q_proj apart .* rollout=hf"):
+        adapter.part([f"{first}.q_proj"])
+    assert adapter.part(["language_model.model.layers.0.mlp.down_proj"]) is None  # another name for it
+    for layer in (0, 1):
+        assert adapter.part([f"model.layers.{layer}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")])
+        with pytest.raises(ModelError, match=r"no layer for \d parts of the adapter, first model\.layers\.\d"):
+            adapter.check_taken()
+    assert adapter.part(["model.layers.0.mlp.down_proj"]) and adapter.part(["model.layers.1.mlp.down_proj"])
+    adapter.check_taken()
