@@ -2,7 +2,7 @@
 pattern is linear.
 
 Left out: partial credit, and the search for an answer in free prose. A completion says which text is its answer (`####
-18` or `\\boxed{18}`) or it has none, so that a number in passing is never taken for one.
+18`, `\\boxed{18}` or `<answer>18</answer>`) or it has none, so that a number in passing is never taken for one.
 """
 
 import re
@@ -41,16 +41,16 @@ def after_thinking(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    """What stands after the first `####`, to the end of its line, or in the last brace-matched `\\boxed{}`: the later
-    of the two.
+    """What stands after the first `####`, to the end of its line, in the last brace-matched `\\boxed{}`, or in the last
+    closed `<answer>` tag: whichever begins last.
 
-    None where there is neither, where a think block is open, and where the model went on with a turn of its own after
+    None where there is none, where a think block is open, and where the model went on with a turn of its own after
     an answer.
     """
     said = after_thinking(text)
     if said is None:
         return None
-    found = [place for place in (_marked(said), _boxed(said)) if place]
+    found = [place for place in (_marked(said), _boxed(said), _tagged(said)) if place]
     if not found or NEXT_TURN.search(said, min(first for first, _, _ in found)):
         return None
     _, start, end = max(found, key=lambda place: place[1])
@@ -83,6 +83,16 @@ def _boxed(text: str) -> tuple[int, int, int] | None:
     if not boxes:
         return None
     return boxes[0][1], *max(boxes)
+
+
+def _tagged(text: str) -> tuple[int, int, int] | None:
+    """The end of the first closed tag's content, and from where to where the last one's goes."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start < 0:
+        return None
+    first = text.find("</answer>", text.find("<answer>"))
+    return first, start + len("<answer>"), end
 
 
 def same_number(gold: str, said: str) -> bool:

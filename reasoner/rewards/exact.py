@@ -22,20 +22,20 @@ def exact(completion: str, answer: str) -> float:
     return float(same_text(answer, said or ""))
 
 
-def numeric(completion: str, answer: str, tolerance: float = 0.0) -> float:
-    """1.0 if the last number said, after `</think>` if it thinks, is within `tolerance` (absolute) of the answer; else
-    0.0.
+def numeric(completion: str, answer: str, tolerance: float = 0.0, relative: float = 0.0) -> float:
+    """1.0 if the last number said, after `</think>` if it thinks, is within `tolerance`, or within `relative` x the
+    answer, of the answer; else 0.0.
 
     For models that give a number in free prose and mark nothing; `math` is stricter and harder to fool. Raises
-    ValueError if the gold is no number or the tolerance is negative.
+    ValueError if the gold is no number or a tolerance is negative.
     """
     gold = number(answer, fractions=True)
     if gold is None:
         raise ValueError(f"the gold answer {answer!r} is no number")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance}: give 0 or more")
+    if not (tolerance >= 0 and relative >= 0):
+        raise ValueError(f"tolerance={tolerance}, relative={relative}: give 0 or more")
     said = SPOKEN_NUMBER.findall(after_thinking(completion) or "")
     if not said or len(said[-1]) > MAX_NUMBER_CHARS:
         return 0.0
     value = Fraction(re.sub(r"[$€£¥,]", "", said[-1]))
-    return float(abs(value - gold) <= Fraction(str(tolerance)))
+    return float(abs(value - gold) <= max(Fraction(str(tolerance)), Fraction(str(relative)) * abs(gold)))

@@ -11,7 +11,8 @@ from reasoner.rewards.answers import final_answer, same_choice, same_number, sam
 def accuracy(completion: str, answer: str, answer_kind: str = "number") -> float:
     """1.0 if the final answer is the gold one, else 0.0; a completion without a final answer gets 0.0.
 
-    The final answer stands after the first `####` or in the last `\\boxed{}`, whichever comes later, after `</think>`.
+    The final answer stands after the first `####`, in the last `\\boxed{}` or in the last `<answer>` tag, whichever
+    begins last, after `</think>`.
     `answer_kind` is number (one literal number), latex (an equivalent expression), choice (a letter) or text. Raises
     ValueError if the gold is not of that kind, and TimeoutError where math-verify finds no verdict: both are failures,
     not zeros.

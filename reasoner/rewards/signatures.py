@@ -16,7 +16,7 @@ from reasoner.rewards.worker import RETURNS_LIST, RETURNS_ONE, RETURNS_SCORE
 from reasoner.types import Completion, Prompt
 
 Family = Literal["ours", "lists", "verl", "verl_lists", "verifiers", "gym"]
-OWN_NAMES = ("completion", "answer", "prompt", "finish_reason", "num_tokens")
+OWN_NAMES = ("completion", "answer", "prompt", "finish_reason", "num_tokens", "prefill")
 NAMES: dict[Family, tuple[str, ...]] = {
     "ours": OWN_NAMES,
     "lists": ("completions", "prompts", "completion_ids", "answers", "answer", "finish_reason", "num_tokens"),
@@ -85,7 +85,7 @@ def _values(form: Signature, prompt: Prompt, completion: Completion, options: Ma
         "num_tokens": len(completion.token_ids),
     }
     if family == "ours":
-        return {**columns, **options, "completion": text, "prompt": prompt.text, **own}
+        return {**columns, **options, "completion": text, "prompt": prompt.text, "prefill": prompt.prefill, **own}
     if family == "gym":
         return {**options, **_gym(prompt, text)}
     if family == "verl":

@@ -35,9 +35,17 @@ BUILTINS = {
     "math": Builtin("reasoner.rewards.math", "accuracy", imports={"latex": "reasoner.rewards.latex"}),
     "exact": Builtin("reasoner.rewards.exact", "exact"),
     "numeric": Builtin("reasoner.rewards.exact", "numeric"),
+    "choice": Builtin("reasoner.rewards.choice", "choice"),
     "gym_answer": Builtin("reasoner.rewards.gym", "gym_answer"),
     "think_format": Builtin("reasoner.rewards.format", "think_format"),
+    "answer_format": Builtin("reasoner.rewards.format", "answer_format"),
+    "tag_count": Builtin("reasoner.rewards.format", "tag_count"),
+    "regex": Builtin("reasoner.rewards.format", "regex"),
+    "json_schema": Builtin("reasoner.rewards.schema", "json_schema"),
     "length": Builtin("reasoner.rewards.length", "length"),
+    "cosine_length": Builtin("reasoner.rewards.length", "cosine_length", imports={"latex": "reasoner.rewards.latex"}),
+    "repetition": Builtin("reasoner.rewards.language", "repetition"),
+    "language": Builtin("reasoner.rewards.language", "language"),
 }
 HOW = "give file.py:function, module:function or a built-in name"
 ENTRY_POINTS = "reasoner.rewards"  # the group in which an installed package offers rewards by name

@@ -10,6 +10,7 @@ import pytest
 from reasoner.config import Reward, RewardPart
 from reasoner.errors import MissingExtra, RewardError
 from reasoner.rewards.base import load_rewards
+from reasoner.rewards.sources import BUILTINS
 
 REPO = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def test_a_reward_gets_what_its_parameters_name(load, make_prompt, make_completi
 
 def test_double_star_takes_all_the_rest(load, make_prompt, make_completion):
     def score(completion, **columns):
-        names = ["answer", "bonus", "finish_reason", "level", "num_tokens", "other", "prompt"]
+        names = ["answer", "bonus", "finish_reason", "level", "num_tokens", "other", "prefill", "prompt"]
         return sorted(columns) == names and columns["other"] == {"deep": [1, 2]}
 
     rewards = load({"part": RewardPart(fn="score", options={"bonus": 1})}, columns={"level", "other"}, score=score)
@@ -229,12 +230,12 @@ def test_a_wrong_parameter_name_is_refused_with_the_names_there_are(load, tmp_pa
     message = refused(load, "my_reward.py:score", columns={"level", "question"})
     assert "reward.parts.mine.fn=my_reward.py:score (line 3) asks for 'anser'" in message
     assert "did you mean 'answer'?" in message
-    assert "completion, answer, prompt, finish_reason, num_tokens, level, question" in message
+    assert "completion, answer, prompt, finish_reason, num_tokens, prefill, level, question" in message
 
 
 def test_a_parameter_like_nothing_lists_the_names_once(load, tmp_path):
     write(tmp_path, "def score(xyzzy): return 1\n")
-    assert refused(load, "my_reward.py:score", columns={"level"}).count("num_tokens, level") == 1
+    assert refused(load, "my_reward.py:score", columns={"level"}).count("prefill, level") == 1
 
 
 def test_an_option_that_nothing_takes_is_refused(load, tmp_path):
@@ -251,7 +252,7 @@ def test_rewards_that_can_not_be_found(load, tmp_path):
     assert "it is int, not a function" in refused(load, "my_reward.py:limit")
     assert "write my_reward.py:NAME" in refused(load, "my_reward.py")
     assert "did you mean 'math'?" in refused(load, "maths")
-    assert "there are: exact, gym_answer, length, math, numeric, think_format" in refused(load, "xyzzy")
+    assert f"there are: {', '.join(sorted(BUILTINS))}" in refused(load, "xyzzy")
     assert "ModuleNotFoundError: No module named 'no_such_module'" in refused(load, "no_such_module:score")
 
 
