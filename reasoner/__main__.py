@@ -22,8 +22,9 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train",)
+VERBS = ("train", "data")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
+       python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
        python -m reasoner resume=RUN_FOLDER [key=value ...]
 
   conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
@@ -50,6 +51,7 @@ def _run(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(__version__)
         return 0
+    verb = VERBS[0]
     if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
         verb = arguments.pop(0)
         if verb not in VERBS:
@@ -70,6 +72,8 @@ def _run(arguments: list[str]) -> int:
     overrides = [override for override in overrides if not override.startswith("conf=")]
     if any(flag.split("=")[0] in (*OF_HYDRA, "--help", "-h") for flag in flags):
         return _hydra(conf, overrides, flags)
+    if verb == "data" and not flags:
+        return _data(conf, overrides)
     return _train(conf, overrides, show=_wants_listing(flags))
 
 
@@ -108,6 +112,29 @@ def _train(conf: str, overrides: list[str], *, show: bool) -> int:
     from reasoner.pipeline import Pipeline
 
     Pipeline(config, base_dir=composed.folder, sources=composed.sources).run()
+    return 0
+
+
+def _data(conf: str, overrides: list[str]) -> int:
+    """Print what data.shown tells, in colours where the terminal has them. Loads a tokenizer and no model."""
+    from rich.console import Console as RichConsole
+    from rich.text import Text
+
+    from reasoner.console import visible
+    from reasoner.data.shown import STYLES, plain, shown
+    from reasoner.data.task import load_task
+    from reasoner.models.loading import load_tokenizer
+
+    config = validate(compose_conf(conf, overrides).values)
+    screen = RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    coloured = screen.is_terminal and screen.color_system is not None
+    encoding = sys.stdout.encoding or "utf-8"
+    for pieces in shown(load_task(config, load_tokenizer(config.model)), config):
+        parts = pieces if coloured else [(plain(pieces), "")]
+        line = Text()
+        for place, (text, kind) in enumerate(parts):
+            line.append(visible(text).encode(encoding, "replace").decode(encoding), STYLES[kind][place % 2])
+        screen.print(line)
     return 0
 
 
