@@ -22,8 +22,9 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data")
+VERBS = ("train", "data", "reward")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
+       python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
        python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
        python -m reasoner resume=RUN_FOLDER [key=value ...]
 
@@ -74,6 +75,8 @@ def _run(arguments: list[str]) -> int:
         return _hydra(conf, overrides, flags)
     if verb == "data" and not flags:
         return _data(conf, overrides)
+    if verb == "reward" and not flags:
+        return _reward(conf, overrides)
     return _train(conf, overrides, show=_wants_listing(flags))
 
 
@@ -112,6 +115,15 @@ def _train(conf: str, overrides: list[str], *, show: bool) -> int:
     from reasoner.pipeline import Pipeline
 
     Pipeline(config, base_dir=composed.folder, sources=composed.sources).run()
+    return 0
+
+
+def _reward(conf: str, overrides: list[str]) -> int:
+    composed = compose_conf(conf, overrides)
+    config = validate(composed.values)
+    from reasoner.reward import try_rewards
+
+    try_rewards(config, base_dir=composed.folder, say=print)
     return 0
 
 

@@ -95,7 +95,7 @@ def assemble(
     task = load_task(config, tokenizer, rows)
     for line in task.lines():
         console.say(line)
-    prompts = _all_prompts(task)
+    prompts = all_prompts(task)
     columns = set(prompts[0].columns).intersection(*(prompt.columns for prompt in prompts))
     rewards = load_rewards(config.reward, functions=functions, base_dir=base_dir, columns=columns)
     try:
@@ -157,7 +157,7 @@ def _described(config: Config, policy: Policy) -> str:
     )
 
 
-def _all_prompts(task: Task) -> list[Prompt]:
+def all_prompts(task: Task) -> list[Prompt]:
     return [
         *task.prompts,
         *(example.prompt for example in task.examples),
@@ -168,7 +168,7 @@ def _all_prompts(task: Task) -> list[Prompt]:
 def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) -> None:
     """Score gold and bad completions. Only a part that is named as the accuracy must give gold full marks."""
     part = accuracy_part(config)
-    golds = _golds(rewards, task, part)
+    golds = gold_completions(rewards, task, part)
     strict = part if part == "accuracy" or config.evaluate.accuracy else None
     for line in rehearse(rewards, golds, accuracy=strict):
         console.say(f"warning: {line}")
@@ -181,9 +181,9 @@ def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) ->
         )
 
 
-def _golds(rewards: Rewards, task: Task, part: str) -> list[tuple[Prompt, str]]:
+def gold_completions(rewards: Rewards, task: Task, part: str) -> list[tuple[Prompt, str]]:
     """Prompts with a right completion: the answer in the form that earns most, or the worked one where that does."""
-    prompts = _all_prompts(task)[:REHEARSED]
+    prompts = all_prompts(task)[:REHEARSED]
     told = [
         [(prompt, _closed(prompt.prefill) + form.format(answer=prompt.answer)) for prompt in prompts]
         for form in GOLD_FORMS

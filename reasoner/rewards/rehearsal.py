@@ -47,7 +47,7 @@ def rehearse(rewards: Rewards, golds: Sequence[tuple[Prompt, str]], *, accuracy:
         return []
     cases = _cases(golds)
     prompts = [case.prompt for case in cases]
-    completions = [_completion(case.text) for case in cases]
+    completions = [completion_of(case.text) for case in cases]
     scores = rewards.score(prompts, completions)
     for score, case in zip(scores, cases, strict=True):
         _check_failures(score, case)
@@ -76,7 +76,7 @@ def _cases(golds: Sequence[tuple[Prompt, str]]) -> list[Case]:
     return right + bad + swapped
 
 
-def _completion(text: str) -> Completion:
+def completion_of(text: str) -> Completion:
     """A finished completion of this text; one token a word, since no tokenizer is loaded yet, and the stop token."""
     n = len(text.split()) + 1
     return Completion((0,) * n, (True,) * n, (0.0,) * n, text, "stop", policy_step_min=0, policy_step_max=0)
