@@ -16,8 +16,6 @@ are medians after 3 steps of warm-up. Memory is the device's, seen every 20 ms. 
 """
 
 import argparse
-import os
-import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import GIB, DeviceMemory, Job, about, after_warm_up, judged, median, read_json, run_jobs, shown
+from benchmarks.common import (
+    GIB,
+    DeviceMemory,
+    Job,
+    about,
+    after_warm_up,
+    judged,
+    median,
+    read_json,
+    run_and_leave,
+    run_jobs,
+    shown,
+)
 from benchmarks.common import table as markdown
 from benchmarks.common import write_json as write
 from benchmarks.word_problems import SETS, model_and_data
@@ -264,11 +274,5 @@ def read_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     asked = read_arguments()
     if asked.side:
-        code = 1
-        try:
-            run_side(asked)
-            code = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)  # vLLM's own end, which can hang, is not what is measured
+        run_and_leave(lambda: run_side(asked))
     print(tables(run_all(asked)))

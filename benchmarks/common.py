@@ -208,6 +208,17 @@ def run_jobs(jobs: Sequence[Job], at_once: int, finished: Callable[[Job], None])
             finished(job)
 
 
+def run_and_leave(action: Callable[[], None]) -> None:
+    """Run the action and end the process: vLLM's own end, which can hang, is not what is measured."""
+    code = 1
+    try:
+        action()
+        code = 0
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
 def strict(text: str, gold: str) -> bool:
     """Whether the text gives the gold number as its answer, after #### or in a box: what the reward pays for."""
     said = final_answer(text)

@@ -10,9 +10,7 @@ second; the most memory in use. FILE.json is written after each case. Left out: 
 """
 
 import argparse
-import os
 import random
-import sys
 import tempfile
 import time
 import traceback
@@ -33,6 +31,7 @@ from benchmarks.common import (
     leave_when_asked,
     median,
     read_json,
+    run_and_leave,
     shown,
     table,
     write_json,
@@ -302,11 +301,5 @@ def read_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     asked = read_arguments()
     if asked.case:
-        code = 1
-        try:
-            run_case(asked)
-            code = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)  # vLLM's own end, which can hang, is not what is measured
+        run_and_leave(lambda: run_case(asked))
     print(tables(run_all(asked)))

@@ -25,7 +25,7 @@ from reasoner.models.stops import stop_ids
 from reasoner.models.untrained import untrained_tokens
 from reasoner.rewards.base import Rewards, load_rewards
 from reasoner.rewards.rehearsal import rehearse
-from reasoner.rollout.choice import choose, make_engine, obstacle
+from reasoner.rollout.choice import choose, make_engine, obstacle, refusal
 from reasoner.rollout.engine import Engine
 from reasoner.rollout.platform import engine_environment
 from reasoner.types import Completion, Prompt
@@ -63,7 +63,7 @@ def check_before_loading(config: Config) -> None:
         if stage in config.stages and not _optimizer_runs_here(getattr(config, stage).optim.optimizer)
     ]
     if config.rollout.engine == "vllm" and (why := obstacle(config)):
-        refused.append(f"rollout.engine=vllm can't be had: {why}. rollout=hf samples without it")
+        refused.append(refusal(why))
     if refused:
         raise ConfigError("; ".join(refused))
     limit = context_limit(config.model)

@@ -24,7 +24,7 @@ class Sampled:
     """
 
     kept: tuple[Group, ...]  # to learn from: as many as prompts were given
-    dropped: tuple[Group, ...]  # without signal, and replaced; or beyond the batch
+    dropped: tuple[Group, ...]  # without signal, and replaced
     first: tuple[Group, ...]  # of the first round: prompts that nobody chose by their rewards
 
 
@@ -36,7 +36,7 @@ def sample(prompts: Sequence[Prompt], practise: Practise, more: More, *, rounds:
     first = practise(prompts)
     useful, useless = _parted(first)
     for _ in range(rounds):
-        missing = max(0, len(prompts) - len(useful))
+        missing = len(prompts) - len(useful)
         if not any(world.gather_over_ranks(missing)):
             break
         fresh_useful, fresh_useless = _parted(practise(more(missing)))

@@ -34,6 +34,7 @@ class BaseWeights:
         self.states: dict[str, Any] = {}
         self.fused_states: dict[str, Any] = {}
         self.buffers: list[Tensor] = []
+        self._storages: set[int] = set()  # where the buffers lie
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +43,7 @@ class BaseWeights:
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in one of the buffers."""
-        return tensor.untyped_storage().data_ptr() in {b.untyped_storage().data_ptr() for b in self.buffers}
+        return tensor.untyped_storage().data_ptr() in self._storages
 
     def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
         """Room for one parameter that is no matrix of a group."""
@@ -84,6 +85,7 @@ class BaseWeights:
     def _own(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         buffer = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         self.buffers.append(buffer)
+        self._storages.add(buffer.untyped_storage().data_ptr())
         return buffer
 
     def tie(self, name: str, to: str) -> None:

@@ -44,6 +44,11 @@ def obstacle(config_: config.Config) -> str | None:
     return None
 
 
+def refusal(why: str) -> str:
+    """What to say where vLLM was named and `obstacle` found something."""
+    return f"rollout.engine=vllm can't be had: {why}. rollout=hf samples without it"
+
+
 def choose(config_: config.Config, policy: Policy) -> tuple[str, str]:
     """The engine's name, and the sentence to say. Raises ConfigError where the one named can't be had."""
     asked = config_.rollout.engine
@@ -60,7 +65,7 @@ def choose(config_: config.Config, policy: Policy) -> tuple[str, str]:
         chose = "auto chose vllm" if asked == "auto" else "vllm"
         return "vllm", f"rollout.engine: {chose}; it samples {shared}"
     if asked == "vllm":
-        raise ConfigError(f"rollout.engine=vllm can't be had: {why}. rollout=hf samples without it")
+        raise ConfigError(refusal(why))
     return "hf", f"rollout.engine: auto chose hf; vllm can't be had: {why}"
 
 

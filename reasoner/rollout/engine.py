@@ -7,9 +7,11 @@ unseen, whatever is corrected afterwards. Left out: tools and several turns (a r
 single_turn.py) and streaming.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Protocol
 
 from reasoner.errors import ModelError
@@ -98,6 +100,17 @@ def asleep(engine: Engine) -> Iterator[None]:
             engine.wake()
         raise
     engine.wake()
+
+
+def prompt_seeds(prompts: Sequence[Prompt], sampling: Sampling, policy_step: int) -> list[int]:
+    """A seed of 64 bits for each prompt: a hash of (seed, policy_step, the prompt's id, how often that id came before
+    in this call)."""
+    seen, seeds = Counter[str](), []
+    for prompt in prompts:
+        key = f"{sampling.seed} {policy_step} {seen[prompt.id]} {prompt.id}"
+        seen[prompt.id] += 1
+        seeds.append(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big"))
+    return seeds
 
 
 def check_prompts(prompts: Sequence[Prompt], sampling: Sampling, max_context: int, engine: Capabilities) -> None:

@@ -14,10 +14,8 @@ Left out: continuous batching and paged caches (a server's business) and images.
 """
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import cast
 
 import torch
@@ -27,7 +25,7 @@ from transformers import DynamicCache
 
 from reasoner.errors import GuardTripped, ModelError
 from reasoner.models.policy import Policy
-from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts
+from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts, prompt_seeds
 from reasoner.types import Completion, Prompt
 
 # Rows that ended leave when they are this share of those held: each time costs one copy of the cache.
@@ -184,14 +182,10 @@ def pick(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Ten
 def uniform_draws(prompts: Sequence[Prompt], sampling: Sampling, policy_step: int) -> Tensor:
     """One number in [0, 1) for each token to sample: float64 [prompts x num_completions, max_tokens].
 
-    The rows of a prompt come from a generator of their own, seeded with a hash of (seed, policy_step, the prompt's id,
-    how often that id came before in this call).
+    The rows of a prompt come from a generator of their own, of the prompt's seed.
     """
-    seen, rows = Counter[str](), [torch.zeros(0, sampling.max_tokens, dtype=torch.float64)]
-    for prompt in prompts:
-        key = f"{sampling.seed} {policy_step} {seen[prompt.id]} {prompt.id}"
-        seen[prompt.id] += 1
-        seed = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
+    rows = [torch.zeros(0, sampling.max_tokens, dtype=torch.float64)]
+    for seed in prompt_seeds(prompts, sampling, policy_step):
         generator = torch.Generator().manual_seed(seed)
         rows.append(torch.rand(sampling.num_completions, sampling.max_tokens, dtype=torch.float64, generator=generator))
     return torch.cat(rows)

@@ -18,10 +18,8 @@ import random
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from reasoner.errors import GuardTripped, ModelError
 from reasoner.models.adapters import linear_rows
 from reasoner.models.policy import Policy
 from reasoner.rollout.canary import Canary, Reading
-from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts
+from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts, prompt_seeds
 from reasoner.rollout.platform import engine_environment
 from reasoner.rollout.vllm_adapter import EngineAdapter
 from reasoner.types import Completion, Prompt
@@ -108,9 +106,11 @@ class VllmEngine:
         # The likeliest completion is one; vLLM refuses to make copies of it.
         num = sampling.num_completions if sampling.temperature > 0 else 1
         self._cached = True
+        # Two bits less, because vLLM adds the number of the completion.
+        seeds = [seed >> 2 for seed in prompt_seeds(prompts, sampling, policy_step)]
         outputs = self._run(
             [{"prompt_token_ids": list(p.token_ids), "cache_salt": str(policy_step)} for p in prompts],
-            [_parameters(sampling, num, seed) for seed in prompt_seeds(prompts, sampling, policy_step)],
+            [_parameters(sampling, num, seed) for seed in seeds],
         )
         found = [[self._completion(one, policy_step) for one in output.outputs] for output in outputs]
         self._look(prompts, found, policy_step)
@@ -222,16 +222,6 @@ def _too_little_to_sample() -> ModelError:
         "out of memory while sampling: lower rollout.max_sequences or rollout.max_batched_tokens, or raise "
         "rollout.keep_free_gib"
     )
-
-
-def prompt_seeds(prompts: Sequence[Prompt], sampling: Sampling, policy_step: int) -> list[int]:
-    """A seed of 62 bits for each prompt, so that vLLM may add the number of the completion to it."""
-    seen, seeds = Counter[str](), []
-    for prompt in prompts:
-        key = f"{sampling.seed} {policy_step} {seen[prompt.id]} {prompt.id}"
-        seen[prompt.id] += 1
-        seeds.append(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") >> 2)
-    return seeds
 
 
 def capture_sizes(max_sequences: int) -> list[int]:
