@@ -289,13 +289,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--kv-gib", type=float, default=8.0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where the checkout has no history")
     asked = parser.parse_args()
     command = f"python -m benchmarks.shared_base --model {asked.model} --quantize {asked.quantize} --rank {asked.rank}"
     found = measure(asked.model, asked.quantize, asked.rank, asked.kv_gib)
     for part, figures in found.items():
         print(f"{part}: {figures}", flush=True)
     if asked.out:
-        write_json(asked.out, {**about(command), "model": asked.model, "quantize": asked.quantize, **found})
+        write_json(asked.out, {**about(command, asked.commit), "model": asked.model, "quantize": asked.quantize, **found})
 
 
 if __name__ == "__main__":
