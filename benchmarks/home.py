@@ -137,7 +137,7 @@ def make_policy(config: Config) -> Policy:
     assert model.lora is not None
     if torch.cuda.is_available():
         nf4 = model.quantize == "nf4"
-        return random_policy(model.name, nf4=nf4, lora=model.lora, recompute=model.gradient_checkpointing)
+        return random_policy(model.name, nf4=nf4, lora=model.lora, recompute=model.gradient_checkpointing is True)
     small = AutoConfig.for_model("qwen2", **{**SHAPES[model.name], **TRIAL})
     base: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=PACKED)
     base.requires_grad_(False)

@@ -296,7 +296,9 @@ def main() -> None:
     for part, figures in found.items():
         print(f"{part}: {figures}", flush=True)
     if asked.out:
-        write_json(asked.out, {**about(command, asked.commit), "model": asked.model, "quantize": asked.quantize, **found})
+        write_json(
+            asked.out, {**about(command, asked.commit), "model": asked.model, "quantize": asked.quantize, **found}
+        )
 
 
 if __name__ == "__main__":

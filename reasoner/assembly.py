@@ -17,7 +17,7 @@ from reasoner.data.task import Task, load_task
 from reasoner.errors import ConfigError, ModelError
 from reasoner.evaluate import Evaluator, accuracy_part
 from reasoner.memory import MemoryPlan, plan_memory
-from reasoner.models.loading import load_model, load_tokenizer
+from reasoner.models.loading import load_model, load_tokenizer, recompute_layers
 from reasoner.models.nf4 import shape_of
 from reasoner.models.policy import Policy
 from reasoner.models.sources import check_model, context_limit
@@ -130,6 +130,8 @@ def _sampler(config: Config, policy: Policy, task: Task, console: Console) -> tu
     console.say(chosen)
     limit = context_limit(config.model) or NO_CONTEXT_LIMIT
     if name == "hf":
+        if config.model.gradient_checkpointing == "auto" and policy.device.type == "cuda":  # no plan says what fits
+            recompute_layers(policy.base, config.model.name)
         return make_engine(name, config, policy, task.template.decode, max_context=limit, kv_bytes=0), None
     plan = plan_memory(config, policy, max_context=limit)
     for line in plan.lines():

@@ -75,7 +75,7 @@ class Model:
     max_context: PositiveInt | None = None  # tokens; none: what the model was made for
     eos_token: str | None = None  # where the tokenizer's own is wrong
     pad_token: str | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False  # auto: where the worst micro-batch does not fit without
 
 
 @dataclass(frozen=True, config=STRICT)

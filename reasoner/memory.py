@@ -16,6 +16,7 @@ from reasoner.config import Config, data_of
 from reasoner.errors import ModelError, OutOfMemory
 from reasoner.grpo.batch import PackedBatch
 from reasoner.models.attention import Layout
+from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
 
 GIB = 1 << 30
@@ -56,6 +57,7 @@ class MemoryPlan:
     kv_bytes: int  # the engine's cache; given back while training
     kv_token: int  # of it, one token
     longest: int  # tokens of prompt and completion in the longest sequence that is sampled
+    recomputes: bool = False  # layers run again in the backward, which the worst micro-batch counts on
 
     @property
     def always(self) -> int:
@@ -89,7 +91,7 @@ class MemoryPlan:
             ("weights that learn, and the engine's copy", self.adapter, self.adapter),
             ("optimizer", self.optimizer, self.optimizer),
             ("engine", self.engine, self.engine),
-            ("worst micro-batch", self.training, 0),
+            (f"worst micro-batch{', layers recomputed' * self.recomputes}", self.training, 0),
             ("the engine's cache", 0, self.kv_bytes),
             ("kept free (rollout.keep_free_gib)", self.keep_free, self.keep_free),
             (f"together, of {self.total / GIB:.2f}", self.while_training, self.while_sampling),
@@ -119,7 +121,8 @@ def plan_memory(config: Config, policy: Policy, *, max_context: int) -> MemoryPl
     held = held_by(policy, share_base=config.rollout.share_base)
     before = parts()
     peaks = rehearse(config, policy, max_context=max_context, room=before.total - before.always)
-    return divide(config, parts(), peaks)  # CUDA itself took a little more for the kernels that ran
+    # CUDA itself took a little more for the kernels that ran.
+    return replace(divide(config, parts(), peaks), recomputes=policy.recomputes)
 
 
 def held_by(policy: Policy, *, share_base: bool) -> Held:
@@ -235,16 +238,23 @@ def worst_lengths(config: Config, stage: str, max_context: int, *, tokens: int |
 def rehearse(config: Config, policy: Policy, *, max_context: int, room: int) -> dict[str, int]:
     """Bytes that the fullest micro-batch of each training stage takes above what is held now, gradients included.
 
-    Nothing is learnt: no gradient stays and random states are as before. Raises OutOfMemory, with a size that fits
-    into `room` bytes, if a stage's own does not fit on the card.
+    Nothing is learnt: no gradient stays and random states are as before. With model.gradient_checkpointing=auto, layers
+    recompute from the first stage on that does not fit into `room` bytes without. Raises OutOfMemory, with a size that
+    fits into `room`, if a stage's own does not fit on the card.
     """
     peaks: dict[str, int] = {}
+    undecided = config.model.gradient_checkpointing == "auto"
     try:
         for stage in _training_stages(config):
             policy.train_mode(dropout=stage == "sft")
             free = _free_bytes(policy.device)
             lengths = worst_lengths(config, stage, max_context)
             found = peak_bytes(policy, lengths, entropy=_entropy_learns(config, stage))
+            if undecided and (found is None or found > room):
+                undecided = False
+                recompute_layers(policy.base, config.model.name)
+                policy.train_mode(dropout=stage == "sft")
+                found = peak_bytes(policy, lengths, entropy=_entropy_learns(config, stage))
             if found is None:
                 raise OutOfMemory(_smaller(config, policy, stage, lengths, free=free, room=room))
             peaks[stage] = found
@@ -325,7 +335,7 @@ def _too_little(what: str, needed: int, plan: MemoryPlan, remedy: str) -> ModelE
 def _savings(config: Config) -> str:
     """What is not switched on already, to end a remedy with."""
     found = [] if config.rollout.share_base else ["rollout.share_base=true"]
-    if not config.model.gradient_checkpointing:
+    if config.model.gradient_checkpointing is False:
         found.append("model.gradient_checkpointing=true")
     if config.model.lora and config.model.quantize == "none":
         found.append("model.quantize=nf4")

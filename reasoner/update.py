@@ -159,6 +159,8 @@ class Updater:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            # Optimizers of other libraries write through bare pointers, which PyTorch does not see.
+            torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateResult(metrics, norm, lr, stepped=norm > 0)
 

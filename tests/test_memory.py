@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from reasoner import memory
 from reasoner.compose import compose_conf
 from reasoner.config import Config, Lora, validate
 from reasoner.errors import ModelError, OutOfMemory
@@ -28,7 +29,7 @@ from reasoner.memory import (
     worst_lengths,
 )
 from reasoner.models import adapters
-from reasoner.models.policy import Policy
+from reasoner.models.policy import Policy, _recomputes
 from tests.models.tiny_models import lora_of, make_config, make_model, make_policy
 
 MIB = 1 << 20
@@ -302,6 +303,25 @@ def test_the_rehearsal_runs_every_stage_and_leaves_no_trace():
     assert all(weight.grad is None for weight in policy.trainable().values())
     assert all(torch.equal(weight, weights[name]) for name, weight in policy.trainable().items())
     assert not any(part.training for part in policy.model.modules())
+
+
+def test_layers_recompute_only_where_the_worst_micro_batch_does_not_fit_without(monkeypatch: pytest.MonkeyPatch):
+    config = conf(*SHORT, "sft.tokens_per_micro_batch=50", "grpo.tokens_per_micro_batch=64", name="gsm8k_base")
+    assert config.model.gradient_checkpointing == "auto"
+    sizes = {50: 3, 64: 5}  # bytes without recomputing; with, 1
+
+    def measured(policy: Policy, lengths: list[int], *, entropy: bool) -> int:
+        assert all(part.training for part in policy.model.modules() if _recomputes(part))
+        return 1 if policy.recomputes else sizes[sum(lengths)]
+
+    monkeypatch.setattr(memory, "peak_bytes", measured)
+    for room, peaks in ((5, {"sft": 3, "grpo": 5}), (4, {"sft": 3, "grpo": 1}), (2, {"sft": 1, "grpo": 1})):
+        policy = small_card(64)
+        assert rehearse(config, policy, max_context=128, room=room) == peaks
+        assert policy.recomputes is (room < 5)
+    fixed = replace(config, model=replace(config.model, gradient_checkpointing=False))
+    policy = small_card(64)
+    assert rehearse(fixed, policy, max_context=128, room=2) == {"sft": 3, "grpo": 5} and not policy.recomputes
 
 
 def test_the_second_of_two_micro_batches_runs_beside_the_firsts_gradients():

@@ -1,11 +1,14 @@
-"""A frozen linear layer with LoRA, forward and backward by hand: y = x W^T + bias + scaling (x A^T) B^T.
+"""Frozen linear layers with LoRA, forward and backward by hand: y_i = x W_i^T + bias_i + scaling (x A_i^T) B_i^T.
 
-peft's own layer computes the adapter in float32 through a dozen small operations, which cost more than the products do:
-six tenths of an update's time at 135M on an H100. Here the products are four in the dtype of x, with A and B rounded to
-it as the engine has them, the base is dequantized once a pass, and x (which the siblings of a projection share) is all
-that is kept of size. The masters and their gradients stay float32. Left out: DoRA, and dropout without peft's layer.
+peft's own layer computes the adapter in float32 through a dozen small operations, which cost more than the products do.
+Here the products are in the dtype of x, with A and B rounded to it as the engine has them; layers that read the same x
+(q, k, v; gate, up) and lie side by side in one buffer are computed together, so that the base is dequantized once and
+the A's are one matrix; and x is all that is kept of size. The masters and their gradients stay float32. Left out: DoRA,
+and dropout without peft's layer.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,40 +18,67 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from reasoner.models import nf4
+from reasoner.models.base_weights import BaseWeights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frozen:
+    """Matrices [rows[i], K] one above the other in one tensor, packed where `state` says so, and their biases."""
+
+    weight: Tensor
+    state: Any
+    rows: tuple[int, ...]
+    biases: tuple[Tensor | None, ...]
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Each [rows[i], K] as numbers; dequantized together where they are packed."""
+        whole = self.weight if self.state is None else nf4.dequantize(self.weight, self.state)
+        return (whole,) if len(self.rows) == 1 else whole.split(self.rows)
 
 
 class Adapted(torch.autograd.Function):
-    """x [.., K], W [O, K] (packed where `state` says so), A [r, K], B [O, r] -> [.., O], in the dtype of x."""
+    """x [.., K], `Frozen` of n matrices, scaling; of the adapter in the dtype of x: the A's as one [n r, K], then each
+    B [rows[i], r]; then their masters, which get the gradients: n A's, n B's. -> n outputs [.., rows[i]]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
-        """The layer's output."""
-        out = linear(x, weight, bias) if state is None else nf4.matmul(x, weight, state, bias)
-        low = linear(x, a.to(x.dtype))
-        flat = out.view(-1, out.shape[-1])
-        flat.addmm_(low.view(-1, low.shape[-1]), b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(x, low, weight, a, b)
-        ctx.state, ctx.scaling = state, scaling
-        return out
+    def forward(ctx: Any, x: Tensor, frozen: Frozen, scaling: float, a: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """The layers' outputs."""
+        bs = more[: len(frozen.rows)]
+        outs = [linear(x, matrix, bias) for matrix, bias in zip(frozen.matrices(), frozen.biases, strict=True)]
+        low = linear(x, a)
+        flat = low.view(-1, low.shape[-1])
+        for out, b, part in zip(outs, bs, _parts(flat, bs), strict=True):
+            out.view(-1, out.shape[-1]).addmm_(part, b.t(), alpha=scaling)
+        ctx.save_for_backward(x, flat, a, *bs)
+        ctx.frozen, ctx.scaling, ctx.master_dtype = frozen, scaling, more[-1].dtype
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Gradients of x, A and B; the base has none."""
-        x, low, weight, a, b = ctx.saved_tensors
-        (gradient,) = gradients
-        g = gradient.reshape(-1, gradient.shape[-1])
-        rows, low = x.reshape(-1, x.shape[-1]), low.view(-1, low.shape[-1])
-        low_gradient = (g @ b.to(g.dtype)).mul_(ctx.scaling)
+        """Gradients of x and of the masters; nothing else has one."""
+        x, low, a, *bs = ctx.saved_tensors
+        frozen, scaling, dtype = ctx.frozen, ctx.scaling, ctx.master_dtype
+        gs = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        rows = x.reshape(-1, x.shape[-1])
+        low_gradient = torch.empty_like(low)
+        for g, b, part in zip(gs, bs, _parts(low_gradient, bs), strict=True):
+            torch.mm(g, b, out=part)
+        low_gradient.mul_(scaling)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            matrix = weight if ctx.state is None else nf4.dequantize(weight, ctx.state)
-            x_gradient = (g @ matrix).addmm_(low_gradient, a.to(g.dtype)).view_as(x)
-        a_gradient = _product(low_gradient.t(), rows, a.dtype)
-        b_gradient = _product(g.t(), low, b.dtype).mul_(ctx.scaling)
-        return x_gradient, None, None, None, a_gradient, b_gradient, None
+            total = low_gradient @ a
+            for g, matrix in zip(gs, frozen.matrices(), strict=True):
+                total.addmm_(g, matrix)
+            x_gradient = total.view_as(x)
+        a_gradients = _product(low_gradient.t(), rows, dtype).split([b.shape[1] for b in bs])
+        b_gradients = [_product(g.t(), part, dtype).mul_(scaling) for g, part in zip(gs, _parts(low, bs), strict=True)]
+        return x_gradient, None, None, None, *(None for _ in bs), *a_gradients, *b_gradients
+
+
+def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of x A^T [N, n r] that belong to each B."""
+    return low.split([b.shape[1] for b in bs], dim=1)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,19 +88,94 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return (left @ right).to(dtype)
 
 
+class Siblings:
+    """Adapted layers that read the same input, computed at the first one's turn; the others take what is theirs.
+
+    A layer asked for another input than the one before it had is computed alone.
+    """
+
+    def __init__(self, layers: "Sequence[AdaptedLinear]", weight: Tensor, state: Any):
+        """`weight`: the layers' matrices one above the other, as a view of theirs; `state` where it is packed."""
+        bases = [cast(nn.Linear, layer.get_base_layer()) for layer in layers]
+        rows = tuple(base.out_features for base in bases)
+        self.layers = tuple(layers)
+        self.frozen = Frozen(weight, state, rows, tuple(cast(Tensor | None, base.bias) for base in bases))
+        self._rounded: tuple[Any, Tensor, list[Tensor]] | None = None
+        self._waiting: tuple[Tensor, dict[int, Tensor]] | None = None  # an input, and outputs not yet asked for
+
+    def take(self, layer: "AdaptedLinear", x: Tensor) -> Tensor:
+        """The layer's output."""
+        if self._waiting is None or self._waiting[0] is not x or id(layer) not in self._waiting[1]:
+            outputs = self._compute(x)
+            self._waiting = (x, {id(one): out for one, out in zip(self.layers, outputs, strict=True)})
+        found = self._waiting[1].pop(id(layer))
+        if not self._waiting[1]:
+            self._waiting = None
+        return found
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        masters = [layer.masters for layer in self.layers]
+        a, bs = self._rounded_to(x.dtype, masters)
+        scaling = self.layers[0].scale
+        outputs: Any = Adapted.apply(
+            x, self.frozen, scaling, a, *bs, *(one for one, _ in masters), *(one for _, one in masters)
+        )
+        return outputs
+
+    def _rounded_to(self, dtype: torch.dtype, masters: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """The adapter in this dtype. Kept until a master changes: by its address or by PyTorch's count of writes, which
+        update.py raises for optimizers that write past it."""
+        key = (dtype, *((one.data_ptr(), one._version) for pair in masters for one in pair))
+        if self._rounded is None or self._rounded[0] != key:
+            with torch.no_grad():
+                a = masters[0][0] if len(masters) == 1 else torch.cat([one for one, _ in masters])
+                self._rounded = (key, a.to(dtype), [one.to(dtype) for _, one in masters])
+        return self._rounded[1], self._rounded[2]
+
+
 class AdaptedLinear(PeftLinear):
     """peft's LoRA layer, computed by `Adapted`. Merged, switched off or with dropout it is peft's own."""
 
+    siblings: Siblings | None = None  # those of one buffer by `join`; else itself alone, from the first call on
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[.., K] -> [.., O]."""
+        if args or kwargs or not self.is_plain:
+            return super().forward(x, *args, **kwargs)
+        if self.siblings is None:
+            weight = cast(nn.Linear, self.get_base_layer()).weight
+            self.siblings = Siblings([self], weight, getattr(weight, "quant_state", None))
+        return self.siblings.take(self, x)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the adapter is simply added: it is on, not merged, and drops nothing."""
         (name,) = self.active_adapters
         dropout = cast(nn.Module, self.lora_dropout[name])
-        drops = dropout.training and not isinstance(dropout, nn.Identity)
-        if self.disable_adapters or self.merged or drops or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        base = cast(nn.Linear, self.get_base_layer())
-        a, b = cast(Tensor, self.lora_A[name].weight), cast(Tensor, self.lora_B[name].weight)
-        out: Any = Adapted.apply(
-            x, base.weight, getattr(base.weight, "quant_state", None), base.bias, a, b, self.scaling[name]
-        )
-        return out
+        return not (self.disable_adapters or self.merged or (dropout.training and not isinstance(dropout, nn.Identity)))
+
+    @property
+    def masters(self) -> tuple[Tensor, Tensor]:
+        """A [r, K] and B [O, r]."""
+        (name,) = self.active_adapters
+        return cast(Tensor, self.lora_A[name].weight), cast(Tensor, self.lora_B[name].weight)
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.scaling[self.active_adapters[0]]
+
+
+def join(model: nn.Module, weights: BaseWeights) -> None:
+    """Have adapted layers that are neighbours in a buffer computed together, where all of a group are adapted."""
+    layers = {
+        name.removeprefix("base_model.model."): part
+        for name, part in model.named_modules()
+        if isinstance(part, AdaptedLinear)
+    }
+    for names in weights.groups:
+        if len(names) > 1 and all(name in layers for name in names):
+            weight = weights.group(names)
+            joined = Siblings([layers[name] for name in names], weight, weights.fused_states.get(names[0]))
+            for name in names:
+                layers[name].siblings = joined

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from reasoner.models import nf4
 from reasoner.models.attention import PACKED
 from reasoner.models.base_weights import BaseWeights
+from reasoner.models.rms_norm import replace_norms
 
 # Modules under one parent that engines compute as one matrix, in the engines' order.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -49,6 +50,7 @@ def build(
     """
     with device, EmptyOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
+    replace_norms(model, config.model_type)
     weights = BaseWeights(device, dtype)
     _allocate_linears(model, weights, skip if quantize else None)
     _allocate_others(model, weights)

@@ -33,6 +33,7 @@ class BaseWeights:
         self.tensors: dict[str, Tensor] = {}
         self.states: dict[str, Any] = {}
         self.fused_states: dict[str, Any] = {}
+        self.groups: list[tuple[str, ...]] = []  # the modules that share a buffer, in its order
         self.buffers: list[Tensor] = []
         self._storages: set[int] = set()  # where the buffers lie
 
@@ -63,6 +64,7 @@ class BaseWeights:
         self, modules: Sequence[str], rows: Sequence[int], width: int, *, bias: bool, packed: bool
     ) -> None:
         """Room for matrices [rows[i], width] side by side, the weights of `modules`, and for their biases."""
+        self.groups.append(tuple(modules))
         if packed:
             self._allocate_packed(modules, rows, width)
         else:
@@ -133,6 +135,12 @@ class BaseWeights:
             raise ValueError(f"{', '.join(names)}: the buffer is too small for {tuple(shape)}")
         empty: Any = first.new_empty(0)  # the stub of set_ knows no untyped storage
         return empty.set_(storage, offset, tuple(shape))
+
+    def group(self, modules: Sequence[str]) -> Tensor:
+        """The weights of one of `groups` as one tensor, packed where they are; no copy."""
+        names = [f"{module}.weight" for module in modules]
+        height = sum(self.tensors[name].shape[0] for name in names)
+        return self.view(names, (height, *self.tensors[names[0]].shape[1:]))
 
     def matrix(self, module: str) -> Tensor:
         """The weight of a module as numbers: itself, or what it dequantizes to."""

@@ -111,7 +111,7 @@ def _load_base(
     cast(torch.nn.Embedding, base.get_input_embeddings()).padding_idx = None
     if not family.known:
         _probe(Policy(base, family, revision=revision), weights.dtype_of(model, device))
-    if model.gradient_checkpointing:
+    if model.gradient_checkpointing is True:
         recompute_layers(base, model.name)
     return base, buffers, family, revision
 

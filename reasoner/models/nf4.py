@@ -66,13 +66,14 @@ def quantize(weight: Tensor, data: Tensor, absmax: Tensor) -> None:
 
 def dequantize(data: Tensor, state: Any) -> Tensor:
     """The matrix in bfloat16: [rows, columns]."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(data, state)
+    # Not through bitsandbytes.functional, whose checks take as long as the launch: this runs hundreds of times a pass.
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        data, state.absmax, BLOCK, state.quant_type, state.shape, state.dtype
+    )
 
 
 def matmul(x: Tensor, data: Tensor, state: Any, bias: Tensor | None) -> Tensor:
-    """x [..., columns] @ matrix.T + bias, in bfloat16: [..., rows]."""
+    """x [..., columns] @ matrix.T + bias, in bfloat16, also for few rows of x: [..., rows]."""
     import bitsandbytes
 
     library: Any = bitsandbytes  # it does not list what it exports

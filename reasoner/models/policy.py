@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from reasoner.errors import ModelError
 from reasoner.kernels.linear_logprobs import Logprobs, linear_logprobs
 from reasoner.models import adapters
+from reasoner.models.adapted_linear import join
 from reasoner.models.attention import Layout
 from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import Family
@@ -70,6 +71,8 @@ class Policy:
         self.weights = weights  # the buffers that the base looks at; None: transformers' own, which can't be shared
         self._trainable: dict[str, Parameter] | None = None
         self._reference: dict[str, Tensor] | None = None
+        if weights is not None:
+            join(model, weights)
         self.eval()
 
     @property
@@ -150,13 +153,17 @@ class Policy:
             max_length_k=layout.max_seqlen,
         ).last_hidden_state[0]
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers keep their inputs alone and run again in the backward."""
+        return any(_recomputes(part) for part in self.model.modules())
+
     def train_mode(self, *, dropout: bool) -> None:
         """Ready for a backward: layers recompute if loaded so, and the adapter drops inputs if `dropout` (SFT only)."""
         self.model.eval()
         for name, part in self.model.named_modules():
             drops = dropout and isinstance(part, torch.nn.Dropout) and ".lora_dropout." in name
-            recomputes = isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing
-            if drops or recomputes:
+            if drops or _recomputes(part):
                 part.training = True  # not .train(): that would wake the base's own dropout below it
 
     def eval(self) -> None:
@@ -240,6 +247,10 @@ class Policy:
         """Take the adapter's weights back from the files that `save` wrote. Raises ModelError if they are another's."""
         assert isinstance(self.model, PeftModel), "a whole model is read by loading.load_saved"
         adapters.reload(self.model, folder)
+
+
+def _recomputes(part: torch.nn.Module) -> bool:
+    return isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -9,7 +9,6 @@ and at every hand-over, and its blocks carry the policy step in their key. Left 
 images.
 """
 
-import gc
 import io
 import json
 import os
@@ -171,14 +170,15 @@ class VllmEngine:
         self._awake = True
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
+        """Stop vLLM and give its memory back, so that this process may start another engine."""
         if self.llm is not None:
             with suppress(ModelError):  # no room to wake in: the memory goes with the process
                 if not self._awake:
                     self.wake()
                 self.llm.llm_engine.engine_core.shutdown()
+                self.llm = None
+                _give_back()
             self.llm = None
-            gc.collect()  # its parts hold one another
         shutil.rmtree(self._folder, ignore_errors=True)
         torch.cuda.empty_cache()
 
@@ -208,6 +208,24 @@ class VllmEngine:
             policy_step_min=policy_step,
             policy_step_max=policy_step,
         )
+
+
+def _give_back() -> None:
+    """The memory and the process group of an engine that nothing refers to any more. vLLM keeps the blocks of its own
+    allocator for as long as the process lives, and starts no second engine beside them."""
+    from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()  # collects garbage too: the parts of an engine hold one another
+    allocator = CuMemAllocator.get_instance()
+    for pool, of_pool in allocator.allocator_and_pools.values():
+        for block in pool.snapshot():
+            if block["allocated_size"] == 0:
+                unmap_and_release(allocator.python_free_callback(block["address"]))
+        _emptied.append((pool, of_pool))
+
+
+_emptied: list[Any] = []  # PyTorch would free a pool's blocks once more when the pool itself goes
 
 
 def _diverged(policy_step: int) -> GuardTripped:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reasoner import config
 from reasoner.models import adapters, base_model
-from reasoner.models.adapted_linear import Adapted, AdaptedLinear
+from reasoner.models.adapted_linear import Adapted, AdaptedLinear, Frozen
 from reasoner.models.families import family_of
 from reasoner.models.policy import Policy
 from tests.models.tiny_models import TARGETS, fill_b, gradients, make_batch, make_model
@@ -22,7 +22,7 @@ def twins(dtype: torch.dtype, nf4: bool) -> tuple[Policy, Policy]:
     source = make_model("qwen2", hidden_size=64, intermediate_size=128, head_dim=16)
     policies = []
     for ours in (True, False):
-        base, _ = base_model.build(
+        base, weights = base_model.build(
             source.config, source.state_dict().items(), device=torch.device("cpu"), dtype=dtype, quantize=nf4
         )
         settings = LoraConfig(r=4, lora_alpha=12, target_modules=list(TARGETS), task_type="CAUSAL_LM")
@@ -34,7 +34,7 @@ def twins(dtype: torch.dtype, nf4: bool) -> tuple[Policy, Policy]:
                 else get_peft_model(base, settings, adapter_name=adapters.ADAPTER)
             )
         fill_b(model)
-        policies.append(Policy(model, family_of(base.config), revision=None))
+        policies.append(Policy(model, family_of(base.config), revision=None, weights=weights if ours else None))
     return policies[0], policies[1]
 
 
@@ -70,15 +70,60 @@ def test_in_bf16_it_errs_no_more_than_16_bits_cost(nf4: bool) -> None:
 
 def test_its_gradients_are_those_of_its_output() -> None:
     draws = torch.Generator().manual_seed(0)
-    x, w, bias, a, b = (
-        torch.randn(shape, generator=draws, dtype=torch.float64) for shape in ((2, 3, 6), (5, 6), (5,), (2, 6), (5, 2))
+    x, w, bias, a, b, other_a, other_b = (
+        torch.randn(shape, generator=draws, dtype=torch.float64)
+        for shape in ((2, 3, 6), (9, 6), (5,), (2, 6), (5, 2), (3, 6), (4, 3))
     )
-    for tensor in (x, a, b):
+    frozen = Frozen(w, None, (5, 4), (bias, None))
+    for tensor in (x, a, b, other_a, other_b):
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, a, b: Adapted.apply(x, w, None, bias, a, b, 1.7), (x, a, b))
-    frozen = x.detach()  # the first layer of a frozen base
-    Adapted.apply(frozen, w, None, None, a, b, 1.7).sum().backward()
-    assert a.grad is not None and frozen.grad is None
+
+    def both(x: Tensor, a: Tensor, other_a: Tensor, b: Tensor, other_b: Tensor) -> Tensor:
+        rounded = torch.cat([a, other_a]).detach(), b.detach(), other_b.detach()
+        return torch.cat(Adapted.apply(x, frozen, 1.7, *rounded, a, other_a, b, other_b), -1)
+
+    true = torch.cat([x @ w[:5].T + bias + 1.7 * x @ a.T @ b.T, x @ w[5:].T + 1.7 * x @ other_a.T @ other_b.T], -1)
+    torch.testing.assert_close(both(x, a, other_a, b, other_b), true)
+    assert torch.autograd.gradcheck(both, (x, a, other_a, b, other_b))
+    first = x.detach()  # the first layer of a frozen base
+    both(first, a, other_a, b, other_b).sum().backward()
+    assert a.grad is not None and first.grad is None
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_neighbours_are_computed_together_and_each_alone_as_well(nf4: bool) -> None:
+    ours, _ = twins(torch.bfloat16, nf4)
+    layers = {name.rpartition(".")[2]: part for name, part in ours.model.named_modules() if "layers.1" in name}
+    q, k, v, o, gate, up = (layers[f"{name}_proj"] for name in ("q", "k", "v", "o", "gate", "up"))
+    x, other = torch.randn(2, 1, 7, 64, dtype=torch.bfloat16)
+    alone = [q(x), k(x.clone()), v(x)]  # nothing of k was asked for with this x
+    assert q.siblings is k.siblings is v.siblings and gate.siblings is up.siblings is not q.siblings
+    assert o(x) is not None and o.siblings is not q.siblings
+    for out, layer in zip(alone, (q, k, v), strict=True):
+        base = layer.get_base_layer()(x)
+        a, b = (one.to(torch.bfloat16) for one in layer.masters)
+        torch.testing.assert_close(out, base + layer.scale * (x @ a.T) @ b.T, rtol=0.02, atol=0.02)
+    assert torch.equal(v(other), v(other)) and not torch.equal(v(other), v(x))
+    assert torch.equal(k(x), alone[1]) and torch.equal(q(x), alone[0])
+
+
+def test_every_change_of_a_master_is_seen() -> None:
+    ours, _ = twins(torch.bfloat16, nf4=False)
+    before = learned(ours)[0]
+    b = next(weight for name, weight in ours.trainable().items() if "lora_B" in name)
+    held = b.detach().clone()
+    with torch.no_grad():
+        b.mul_(3)
+    changed = learned(ours)[0]
+    assert not torch.equal(changed, before)
+    with torch.no_grad():
+        b.copy_(held)
+    ours.freeze_reference()
+    with torch.no_grad():
+        b.mul_(3)
+    with ours.reference():
+        assert torch.equal(ours.logprobs(make_batch(), temperature=1.0).logprobs, before)
+    assert torch.equal(learned(ours)[0], changed)
 
 
 def test_a_wrong_scaling_would_be_seen() -> None:

@@ -17,6 +17,7 @@ from reasoner.models import adapters, base_files, base_model, nf4, sources, weig
 from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import FAMILIES, family_of
 from reasoner.models.policy import Policy
+from reasoner.models.rms_norm import replace_norms
 from reasoner.models.sources import Source
 from tests.models.tiny_models import lora_of, make_batch, make_model
 
@@ -41,6 +42,7 @@ def logprobs(policy: Policy) -> Tensor:
 def test_it_is_the_model_that_transformers_makes(family: str) -> None:
     model = make_model(family)
     policy, buffers = rebuilt(model)
+    replace_norms(model, family)
     assert torch.equal(logprobs(policy), logprobs(Policy(model, policy.family, revision=None)))
     assert policy.model.state_dict().keys() == model.state_dict().keys()
     assert all(buffers.owns(weight) for weight in policy.model.parameters())

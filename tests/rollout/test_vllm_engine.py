@@ -192,6 +192,22 @@ def test_the_canary_stops_an_engine_that_does_not_follow(engines: list, monkeypa
         engine.generate(prompts_of(), sampling(), policy_step=3)
 
 
+def test_a_closed_engine_gives_its_memory_back() -> None:
+    policy = make_policy("llama", nf4=False)
+    start(policy).close()  # what libraries take once
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    engine = start(policy)
+    assert free - torch.cuda.mem_get_info()[0] > KV_BYTES
+    engine.close()
+    torch.cuda.empty_cache()
+    assert free - torch.cuda.mem_get_info()[0] < 64 << 20
+    engine = start(policy)
+    engine.sleep()
+    engine.close()
+    assert free - torch.cuda.mem_get_info()[0] < 64 << 20
+
+
 def test_weights_that_diverged_are_not_called_a_bug_of_ours(engines: list) -> None:
     policy = make_policy("llama", nf4=False)
     engine = start(policy)
