@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 
 from reasoner import train
 from reasoner.errors import ConfigError, DataError, GuardTripped, ReasonerError, RewardError, RunFolderError
+from tests.forked import start_forked
+from tests.tiny_rewards import close_enough, fails_on_samples, unsure
 
 SMALL = [
     "model.scratch.hidden_size=32",
@@ -33,11 +36,6 @@ SMALL = [
     "reward.workers=1",
     "reward.max_failed_share=1",
 ]
-
-
-def close_enough(completion: str, answer: str) -> float:
-    """Graded, so that an untrained model's groups differ and GRPO has something to learn."""
-    return 1.0 if completion == answer else 0.5 * (completion[:1] == answer[:1]) + 0.01 * len(completion)
 
 
 def small(out: Path, *overrides: str, **given):
@@ -87,10 +85,6 @@ def test_sft_learns_and_grpo_raises_its_reward(tmp_path: Path):
     assert sft[-1]["loss"] < 0.8 * sft[0]["loss"]
     first, last = (sum(row["reward_mean"] for row in rows) / 3 for rows in (grpo[:3], grpo[-3:]))
     assert last > first + 0.2, [row["reward_mean"] for row in grpo]
-
-
-def unsure(completion: str) -> float:
-    return completion.count("?") / 8
 
 
 @pytest.mark.parametrize("extra", [["grpo.kl_coef=0.1"], ["grpo.kl_coef=0.1", "grpo.kl_in=reward"], ["loss=gspo"]])
@@ -151,7 +145,7 @@ number = 3
         (["reward={file}:raises"], RewardError, "KeyError"),
         (["reward={file}:nan"], RewardError, "nan"),
         (["reward={file}:none"], RewardError, "None"),
-        (["reward={file}:hangs", "reward.parts.hangs.timeout_s=0.5"], RewardError, "0.5 s"),
+        (["reward={file}:hangs", "reward.parts.hangs.timeout_s=0.1", "reward.workers=4"], RewardError, "0.1 s"),
         (["data.path={tmp}/missing.jsonl"], DataError, "missing.jsonl"),
         (["data.path={tmp}/empty.jsonl"], DataError, "empty.jsonl"),
         (["data.path={tmp}/broken.jsonl"], DataError, "broken.jsonl:2"),
@@ -187,13 +181,6 @@ def test_rewards_that_fail_stop_the_run_with_its_checkpoint_kept(tmp_path: Path)
     assert (tmp_path / "run" / "checkpoints" / "01-grpo-000000").exists()
 
 
-def fails_on_samples(completion: str, num_tokens: int, answer: str) -> float:
-    """Sound in the rehearsal, where a completion counts its words; broken on what the model samples."""
-    if num_tokens > 2 and len(completion) < 20:
-        raise ValueError("no such level")
-    return float(completion == answer)
-
-
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path):
     small(tmp_path / "run", "stages=[sft]")
     with pytest.raises(RunFolderError, match="resume="):
@@ -226,43 +213,58 @@ sys.exit(main(json.loads(sys.argv[1])))
 """
 
 
+def started(out: Path, *overrides: str) -> list[str]:
+    """What is said on the command line, with exact answers as the reward and a checkpoint a step."""
+    return ["conf=tiny", *SMALL, "stages=[sft,grpo]", "checkpoint.every=1", f"out={out}", *overrides]
+
+
 def start(out: Path, *overrides: str) -> subprocess.Popen:
-    """A run of its own process, as from the command line, with exact answers as the reward."""
-    arguments = ["conf=tiny", *SMALL, "stages=[sft,grpo]", "checkpoint.every=1", f"out={out}", *overrides]
+    """A run of its own process, as from the command line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(arguments)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(started(out, *overrides))]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_g2_a_run_killed_at_ten_random_moments_ends_as_the_unbroken_one(tmp_path: Path):
-    """A checkpoint a step, so that some of the moments fall inside a save."""
-    start(tmp_path / "whole").communicate(timeout=300)
-    moments, resume = random.Random(0), []
+    """A checkpoint a step, so that some of the moments fall inside a save; each life gets at least a step further. The
+    unbroken run and the last life are started anew, so that nothing which forked processes share can make them agree.
+    """
+    lengths = ["sft.steps=12", "grpo.steps=60"]
+    whole = start(tmp_path / "whole", *lengths)
+    moments, resume, said, killed_at = random.Random(0), [], tmp_path / "said", set()
     for _ in range(10):
-        run = start(tmp_path / "run", *resume)
-        wait_for_a_new_line(run, tmp_path / "run" / "metrics.jsonl")
-        time.sleep(moments.uniform(0, 0.4))
-        run.send_signal(signal.SIGKILL)
-        run.communicate()
+        before = lines_in(tmp_path / "run" / "metrics.jsonl")
+        run = start_forked(PROGRAM, json.dumps(started(tmp_path / "run", *lengths, *resume)), said=said)
+        wait_for_a_line(lambda run=run: run.exitcode is None, tmp_path / "run" / "metrics.jsonl", after=before)
+        time.sleep(moments.uniform(0, 0.1))
+        run.kill()
+        run.join()
+        assert run.exitcode in (0, -signal.SIGKILL), said.with_suffix(".err").read_text()
+        killed_at.add(lines_in(tmp_path / "run" / "metrics.jsonl"))
         resume = [f"resume={tmp_path / 'run'}"]
-    last = start(tmp_path / "run", *resume)
-    said = last.communicate(timeout=300)[1]
-    assert last.returncode == 0, said
+    assert len(killed_at) > 5, "most of the lives had nothing left to do: give the run more steps"
+    last = start(tmp_path / "run", *lengths, *resume)
+    for each in (whole, last):
+        words = each.communicate(timeout=300)[1]
+        assert each.returncode == 0, words
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert all(weights(tmp_path / "run")[name].equal(tensor) for name, tensor in weights(tmp_path / "whole").items())
 
 
-def wait_for_a_new_line(run: subprocess.Popen, path: Path) -> None:
-    """Until a step is written (a resumed run first cuts the file back) or the run ends."""
-    before = time.time()
-    while run.poll() is None and not (path.exists() and path.stat().st_mtime > before and path.stat().st_size):
-        time.sleep(0.02)
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_a_line(running: Callable[[], bool], path: Path, after: int = 0) -> None:
+    """Until more steps than `after` are written (a resumed run first cuts the file back) or the run ends."""
+    while running() and lines_in(path) <= after:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_g3_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int):
     run = start(tmp_path / "run", "checkpoint.every=1000", "grpo.steps=10000")
-    wait_for_a_new_line(run, tmp_path / "run" / "metrics.jsonl")
+    wait_for_a_line(lambda: run.poll() is None, tmp_path / "run" / "metrics.jsonl")
     run.send_signal(number)
     said = run.communicate(timeout=120)[1]
     assert run.returncode == code and "Traceback" not in said

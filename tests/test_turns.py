@@ -12,7 +12,8 @@ from reasoner.errors import GuardTripped
 from reasoner.models.loading import load_tokenizer
 from reasoner.rollout.hf import HfEngine
 from tests.models.tiny_models import make_model
-from tests.test_pipeline import SMALL, close_enough
+from tests.test_pipeline import SMALL
+from tests.tiny_rewards import close_enough
 
 CHARACTERS = "\n !\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"
 

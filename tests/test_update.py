@@ -1,10 +1,6 @@
 """The update loop: dividing once, whatever the cut, the memory or the number of ranks; and standing still where there
 is nothing to learn."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from torch.nn import Parameter
 from reasoner.config import Optim
 from reasoner.errors import GuardTripped, OutOfMemory
 from reasoner.update import LossOutput, StepCounts, Updater, learning_rate
+from tests.two_ranks import on_two_ranks
 
 SGD = Optim(lr=1.0, warmup_steps=0, max_grad_norm=1e9, optimizer={"_target_": "torch.optim.SGD"})
 
@@ -200,19 +197,7 @@ world.stop()
 
 
 def test_two_gloo_processes_give_the_gradient_of_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_PROGRAM, __file__],
-            env={**os.environ, "WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
+    outputs = on_two_ranks(RANK_PROGRAM, __file__)
     batch = Rows.of([0.3, 0.1], [0.7], [1.1, -0.4, 0.2])
     updater, weight = make()
     result = updater.run(batch, token_loss(weight))

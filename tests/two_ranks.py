@@ -1,9 +1,10 @@
 """Running code on two gloo ranks of this machine."""
 
-import os
 import socket
-import subprocess
-import sys
+import tempfile
+from pathlib import Path
+
+from tests.forked import start_forked
 
 
 def on_two_ranks(code: str, *arguments: str) -> list[str]:
@@ -11,11 +12,13 @@ def on_two_ranks(code: str, *arguments: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = []
-    for rank in "01":
-        env = {**os.environ, "WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-c", code, *arguments]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    return [out for out, _ in said]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / rank for rank in "01"]
+        ranks = [start_forked(code, *arguments, said=s, environment={**shared, "RANK": s.name}) for s in said]
+        for rank in ranks:
+            rank.join(120)
+            rank.kill()
+            rank.join()
+        assert [rank.exitcode for rank in ranks] == [0, 0], [s.with_suffix(".err").read_text() for s in said]
+        return [s.with_suffix(".out").read_text() for s in said]

@@ -1,16 +1,12 @@
 """Two gloo processes, each with some of the step's groups, give the advantages and counts of one process with all."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from reasoner.grpo.advantages import judge
 from reasoner.grpo.batch import collate
 from reasoner.types import Completion, Group, Prompt, Score
+from tests.two_ranks import on_two_ranks
 
 REWARDS = [[1.0, 0.0, 0.5], [1.0, 1.0], [3.0, 1.0], [0.0, None, 0.25, 1.0]]
 
@@ -21,7 +17,7 @@ spec = importlib.util.spec_from_file_location("here", sys.argv[1])
 here = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(here)
 world.start()
-print(json.dumps([here.step(share) for share in json.loads(sys.argv[2])]))
+print(json.dumps([here.step(deal[world.rank()]) for deal in json.loads(sys.argv[2])]))
 world.stop()
 """
 
@@ -46,22 +42,7 @@ def step(numbers: list[int]) -> dict:
 def test_two_ranks_equal_one():
     """The std of scale="batch" and the normalizers are the whole step's, bit for bit, however groups are dealt out."""
     deals = [([0, 1], [2, 3]), ([2, 0, 3, 1], [])]  # the second leaves a rank with nothing
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).parents[2]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(root)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, __file__, json.dumps([deal[rank] for deal in deals])],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
+    outputs = on_two_ranks(WORKER, __file__, json.dumps(deals))
     alone = step([0, 1, 2, 3])
     for first, second in zip(*(json.loads(output.splitlines()[-1]) for output in outputs), strict=True):
         assert first["counts"] == second["counts"] == alone["counts"]

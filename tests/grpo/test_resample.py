@@ -11,6 +11,7 @@ from reasoner import train
 from reasoner.grpo.resample import Sampled, sample
 from reasoner.types import Completion, Group, Prompt, Score
 from tests.test_pipeline import SMALL, metrics, small
+from tests.tiny_rewards import half
 from tests.two_ranks import on_two_ranks
 
 COMPLETION = Completion((7,), (True,), (-1.0,), "", "stop", 0, 0)
@@ -85,11 +86,6 @@ world.stop()
 
 def test_ranks_make_the_same_rounds() -> None:
     assert on_two_ranks(TWO_RANKS) == ["[2] [6, 8]\n", "[0] [2, 4]\n"]
-
-
-def half(completion: str, answer: str) -> float:
-    """Signal in some groups only, whatever a bad model says."""
-    return float(len(completion) % 3 == 0) if ord(answer[-1]) % 2 else 0.0
 
 
 def test_a_run_fills_its_batches_counts_the_price_and_goes_on_bit_by_bit(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from reasoner.__main__ import main
 from reasoner.config import RewardPart
 from reasoner.rewards.trial import KINDS, breaks, completions_to_try, notes, shown, table, try_out
 
+FEW = ["conf=tiny", "data.size=400", "data.heldout=40"]
+
 
 @pytest.fixture
 def golds(make_prompt):
@@ -61,7 +63,7 @@ def test_shuffled_words_that_earn_as_much_are_noted(load, golds):
 
 
 def test_the_verb_passes_tiny(capsys):
-    assert main(["reward", "conf=tiny"]) == 0
+    assert main(["reward", *FEW]) == 0
     said = capsys.readouterr().out
     assert "tried on 8 rows; no model was loaded" in said
     assert said.endswith("every gold completion earns full marks, and every other one less\n")
@@ -70,7 +72,7 @@ def test_the_verb_passes_tiny(capsys):
 def test_the_verb_refuses_a_reward_that_pays_for_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def score(completion, answer):\n    return 1.0\n")
-    assert main(["reward", "conf=tiny", "reward=mine.py:score"]) == 2
+    assert main(["reward", *FEW, "reward=mine.py:score"]) == 2
     said = capsys.readouterr()
     assert "no less than its gold (1)" in said.out
     assert "completions break the rule" in said.err
