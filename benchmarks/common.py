@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from reasoner.evaluate import ProblemResult, paired_gain, wilson
+from reasoner.evaluate import ProblemResult, paired_gain
+from reasoner.intervals import wilson
 from reasoner.rewards.answers import final_answer, same_number
 from reasoner.summary import commit, versions
 

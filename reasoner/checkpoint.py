@@ -29,6 +29,7 @@ from reasoner.run_folder import CHECKPOINTS, ROW_FILES
 
 TENSORS, STATE, DONE = "tensors.safetensors", "state.json", "done.json"
 FILES = (TENSORS, STATE)
+POLICY = "policy."  # in front of the names of the policy's tensors
 FOLDER_NAME = re.compile(r"(\d{2,})-([a-z]+)-(\d{6,})(\.replaced)?")
 
 
@@ -54,8 +55,16 @@ class Progress:
         return f"{self.stage_index:02d}-{self.stage}-{self.step:06d}"
 
 
-def save(run: Path, progress: Progress, tensors: Mapping[str, Tensor], json_state: Any, *, keep: int = 2) -> Path:
-    """The new checkpoint's folder, whole on disk; of the older ones `keep - 1` stay.
+def save(
+    run: Path,
+    progress: Progress,
+    tensors: Mapping[str, Tensor],
+    json_state: Any,
+    *,
+    keep: int = 2,
+    best: str | None = None,
+) -> Path:
+    """The new checkpoint's folder, whole on disk; of the older ones `keep - 1` stay, and the one named `best`.
 
     Tensors of any dtype and device come back bit by bit, on the CPU. `json_state` is what JSON can say (tuples come
     back as lists). The main rank alone calls it. Raises RunFolderError if the disk refuses; the checkpoints that were
@@ -81,7 +90,7 @@ def save(run: Path, progress: Progress, tensors: Mapping[str, Tensor], json_stat
             f"write the checkpoint {final}",
             f"the one before is kept: make room, then go on with resume={run}",
         ) from error
-    _retire(folder, final, keep)
+    _retire(folder, final, keep, best)
     return final
 
 
@@ -115,6 +124,30 @@ def load(path: Path) -> tuple[Progress, dict[str, Tensor], Any]:
         return Progress(**state["progress"]), load_file(path / TENSORS), state["state"]
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(f"the checkpoint {path} is not one of ours: {error}; go on from another one") from error
+
+
+def policy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a checkpoint's tensors the policy's state, by its own names."""
+    return {name.removeprefix(POLICY): tensor for name, tensor in tensors.items() if name.startswith(POLICY)}
+
+
+def bring(source: Path, run: Path, name: str) -> None:
+    """Copy the checkpoint `name` of the run `source` into `run`, whole or not at all, unless it is there.
+
+    Raises RunFolderError if the disk refuses.
+    """
+    final, temporary = run / CHECKPOINTS / name, run / CHECKPOINTS / f".{name}.tmp"
+    if final.exists() or not (source / CHECKPOINTS / name).is_dir():
+        return
+    try:
+        shutil.copytree(source / CHECKPOINTS / name, temporary)
+        for path in temporary.iterdir():
+            disk.sync(path)
+        temporary.rename(final)
+        disk.sync(final.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise disk.refusal(error, f"write the checkpoint {final}", "make room, then try again") from error
 
 
 def _write(folder: Path, progress: Progress, tensors: Mapping[str, Tensor], json_state: Any) -> None:
@@ -159,11 +192,12 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     _remove(aside)
 
 
-def _retire(folder: Path, newest: Path, keep: int) -> None:
+def _retire(folder: Path, newest: Path, keep: int, best: str | None) -> None:
     """Remove what `newest` outdates: those beyond `keep`, and later ones, left by a run that has gone back."""
     ordered = _newest_first(folder)
     place = ordered.index(newest)
-    for path in (*ordered[:place], *ordered[place + keep :]):
+    outdated = [path for path in ordered[place + keep :] if path.name != best]
+    for path in (*ordered[:place], *outdated):
         _remove(path)
 
 

@@ -105,6 +105,7 @@ class Data:
     template: str = "model"  # model (the tokenizer's own), plain, chatml, or a .jinja file
     date: str = "26 Jul 2024"  # the date that a template prints; fixed, so that prompts don't change at midnight
     heldout: Annotated[float, Field(ge=0)] = 0.1  # rows (>= 1) or a share (< 1) kept for the set `heldout`
+    validation: Annotated[float, Field(ge=0)] = 0  # rows (or a share) of grpo's that only choose its best checkpoint
     overlap: Literal["exact", "masked", "off"] = "exact"
     max_prompt_tokens: PositiveInt = 512
     seed: int = 0  # draws generated rows and the held-out split; apart from the run's seed, so that runs compare
@@ -171,6 +172,8 @@ class Grpo:
     mismatch_cap: PositiveFloat = 2.0
     max_logprob_gap: PositiveFloat = 0.2  # mean |old - sampling| in nats above which the run stops
     show_every: PositiveInt = 10  # steps between printed samples
+    eval_every: PositiveInt | None = None  # steps between evaluations; the best checkpoint of them is what GRPO gives
+    eval_problems: PositiveInt | None = 256  # at most so many a set in these evaluations, the first ones
     optim: Optim = field(default_factory=Optim)
     data: Node = field(default_factory=dict)
 

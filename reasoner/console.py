@@ -28,6 +28,7 @@ HINT_EVERY = 50  # steps before the same hint is given again
 ETA_OVER = 20  # steps whose mean time the ETA takes
 FIRST_STEPS = 5  # of a stage; their mean entropy is what a collapse is judged against
 PROMPT_CHARS, COMPLETION_CHARS = 200, 800  # shown of a sample
+AT_K = re.compile(r"(pass|maj)_at_\d+")
 UNSAFE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
@@ -165,11 +166,16 @@ def _quoted(text: str) -> list[str]:
 
 
 def closing_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of eval.json, a block a set, accuracies and shares in percent."""
+    """The rows of eval.json, a block a set, accuracies and shares in percent; pass@k and maj@k where some row has a
+    number there."""
     lines: list[str] = []
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = [row for row in rows if row["set"] == name]
-        cells = [("", "greedy", "95% interval", "sampled", "pass@8", "tokens", "cut"), *map(_cells, of_set)]
+        at = [key for key in dict.fromkeys(key for row in of_set for key in row) if AT_K.fullmatch(key)]
+        at = [key for key in at if key == "pass_at_8" or any(row.get(key) is not None for row in of_set)]
+        titles = [key.replace("_at_", "@") for key in at]
+        cells = [("", "greedy", "95% interval", "sampled", *titles, "tokens", "cut")]
+        cells += [_cells(row, at) for row in of_set]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines.append(f"{visible(name)}: {of_set[-1]['problems']:,} held-out problems")
         for first, *others in cells:
@@ -178,14 +184,12 @@ def closing_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    sampled, pass_at_8 = row["sampled_accuracy"], row["pass_at_8"]
+def _cells(row: Mapping[str, Any], at: Sequence[str]) -> tuple[str, ...]:
     return (
         row["row"],
         percent(row["greedy_accuracy"], 1),
         f"{percent(row['greedy_low'], 1)} to {percent(row['greedy_high'], 1)}",
-        "-" if sampled is None else percent(sampled, 1),
-        "-" if pass_at_8 is None else percent(pass_at_8, 1),
+        *("-" if row.get(key) is None else percent(row[key], 1) for key in ("sampled_accuracy", *at)),
         f"{row['mean_tokens']:.1f}",
         percent(row["cut_share"]),
     )

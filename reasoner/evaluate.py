@@ -4,26 +4,34 @@ paired gains between rows.
 One code path serves base, sft, grpo and the exported artefact, so that rows differ by the weights alone.
 """
 
-import math
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 from reasoner import world
 from reasoner.config import Config
+from reasoner.intervals import Gain, majority_at_k, pass_at_k, wilson
+from reasoner.rewards.answers import after_thinking, final_answer, number, plain
 from reasoner.rewards.base import Rewards
 from reasoner.rollout.engine import Engine, Sampling
 from reasoner.types import Completion, Prompt
 
 REFILLS = 8  # rounds of sequences in one call, where the engine takes the next as one ends
-Z95 = 1.959963984540054
-PASS_AT = 8
+AT = (8,)  # samples of which one (pass@k) or the most frequent answer (maj@k) must be right
+MAX_ANSWER_CHARS = 100  # a longer text without a marked answer is prose, which has no vote
+MAX_CELL_CHARS = 100  # of a column that is kept with the verdicts: a level or subject, not a question
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemResult:
     """One problem of one row, as `eval_problems.jsonl` keeps it: greedy verdict and how many of `samples` at
-    `temperature` were right."""
+    `temperature` were right.
+
+    `problem` is a hash of the row itself, the same in every run that asks it; `columns` has the row's short cells;
+    `answers` and `verdicts` are what each sample answered (None: nothing marked as an answer) and whether it was right.
+    """
 
     id: str
     right: bool
@@ -32,6 +40,10 @@ class ProblemResult:
     sampled_right: int
     samples: int
     text: str
+    problem: str = ""
+    answers: tuple[str | None, ...] = ()
+    verdicts: tuple[bool, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,81 +59,103 @@ class SetResult:
         return sum(problem.right for problem in self.problems)
 
     @property
+    def accuracy(self) -> float:
+        """Share of problems whose greedy completion is right."""
+        return self.num_right / len(self.problems)
+
+    @property
     def sampled_accuracy(self) -> float | None:
         """Mean share of right samples; None if none were drawn."""
         drawn = [problem for problem in self.problems if problem.samples]
         return sum(p.sampled_right / p.samples for p in drawn) / len(drawn) if drawn else None
 
-    @property
-    def pass_at_8(self) -> float | None:
-        """Mean unbiased pass@8; None with fewer than 8 samples a problem."""
-        drawn = [p for p in self.problems if p.samples >= PASS_AT]
-        return sum(pass_at_k(p.samples, p.sampled_right, PASS_AT) for p in drawn) / len(drawn) if drawn else None
+    def pass_at(self, k: int) -> float | None:
+        """Mean unbiased pass@k; None with fewer than k samples a problem."""
+        drawn = [p for p in self.problems if p.samples >= k]
+        return sum(pass_at_k(p.samples, p.sampled_right, k) for p in drawn) / len(drawn) if drawn else None
 
-    def row(self, name: str, stage_index: int, *, overlap_removed: int, artefact: str | None) -> dict[str, Any]:
-        """A row of `eval.json`; accuracies and shares from 0 to 1, lengths in tokens."""
+    def majority_at(self, k: int) -> float | None:
+        """Mean accuracy of the most frequent answer of k samples; None with fewer samples a problem."""
+        drawn = [p for p in self.problems if len(p.answers) >= k]
+        return sum(majority_at_k(p.answers, p.verdicts, k) for p in drawn) / len(drawn) if drawn else None
+
+    def row(
+        self,
+        name: str,
+        stage_index: int,
+        *,
+        overlap_removed: int = 0,
+        artefact: str | None = None,
+        step: int | None = None,
+        at: Sequence[int] = AT,
+    ) -> dict[str, Any]:
+        """A row of `eval.json`; accuracies and shares from 0 to 1, lengths in tokens; `step` where a stage was under
+        way."""
         n = len(self.problems)
         low, high = wilson(self.num_right, n)
         return {
             "row": name,
             "stage_index": stage_index,
+            **({} if step is None else {"step": step}),
             "set": self.name,
             "problems": n,
-            "greedy_accuracy": self.num_right / n,
+            "greedy_accuracy": self.accuracy,
             "greedy_low": low,
             "greedy_high": high,
             "sampled_accuracy": self.sampled_accuracy,
-            "pass_at_8": self.pass_at_8,
+            **{f"pass_at_{k}": self.pass_at(k) for k in at},
+            **{f"maj_at_{k}": self.majority_at(k) for k in at},
             "mean_tokens": sum(p.tokens for p in self.problems) / n,
             "cut_share": sum(p.cut for p in self.problems) / n,
             "overlap_removed": overlap_removed,
             "artefact": artefact,
         }
 
-    def problem_rows(self, name: str, stage_index: int) -> list[dict[str, Any]]:
+    def problem_rows(self, name: str, stage_index: int, step: int | None = None) -> list[dict[str, Any]]:
         """The lines of `eval_problems.jsonl`."""
-        return [{"row": name, "stage_index": stage_index, "set": self.name, **asdict(p)} for p in self.problems]
-
-
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """The change of greedy accuracy between two rows on the same problems, in points, with its 95% interval."""
-
-    points: float
-    low: float
-    high: float
-    problems: int
-
-    def __str__(self) -> str:
-        verdict = "" if self.low > 0 or self.high < 0 else " (can't tell from 0)"
-        return f"{self.points:+.1f} points, 95% {self.low:.1f} to {self.high:.1f}, {self.problems:,} problems{verdict}"
-
-
-def wilson(num_right: int, num_problems: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927): right also near 0 and 1 and for few problems."""
-    if num_problems == 0:
-        return 0.0, 1.0
-    share, z2 = num_right / num_problems, Z95**2 / num_problems
-    centre = (share + z2 / 2) / (1 + z2)
-    half = Z95 * math.sqrt(share * (1 - share) / num_problems + z2 / (4 * num_problems)) / (1 + z2)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right: 1 - C(n - c, k) / C(n, k), arXiv:2107.03374 eq. 1."""
-    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+        at = {"row": name, "stage_index": stage_index, **({} if step is None else {"step": step}), "set": self.name}
+        return [{**at, **asdict(problem)} for problem in self.problems]
 
 
 def paired_gain(before: Sequence[ProblemResult], after: Sequence[ProblemResult]) -> Gain:
-    """Mean and 95% interval of the difference on each problem; pairing leaves out what makes problems hard or easy
-    for both."""
+    """The change of greedy accuracy over the problems that both have, by id; pairing leaves out what makes problems
+    hard or easy for both."""
     verdicts = {problem.id: problem.right for problem in before}
-    differences = [float(p.right) - float(verdicts[p.id]) for p in after if p.id in verdicts]
-    n = len(differences)
-    assert n > 1, "two rows of one run share their problems"
-    mean = sum(differences) / n
-    half = Z95 * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    return Gain(100 * mean, 100 * (mean - half), 100 * (mean + half), n)
+    pairs = [(verdicts[problem.id], problem.right) for problem in after if problem.id in verdicts]
+    return Gain.of(pairs.count((False, True)), pairs.count((True, False)), len(pairs))
+
+
+def problem_hash(prompt: Prompt) -> str:
+    """What names a row apart from the run that asks it: its cells and its gold answer, whatever the template, the
+    model, and the set's name."""
+    cells = {name: cell for name, cell in prompt.columns.items() if name != "answer_kind"}
+    text = json.dumps([prompt.answer, cells], sort_keys=True, default=str)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def short_cells(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells that can group problems: numbers and short texts, also one level down (a task's difficulty)."""
+    kept: dict[str, Any] = {}
+    for name, cell in columns.items():
+        if isinstance(cell, Mapping):
+            inner = {key: value for key, value in short_cells(cell).items() if not isinstance(value, Mapping)}
+            kept |= {name: inner} if inner else {}
+        elif isinstance(cell, bool | int | float) or (isinstance(cell, str) and len(cell) <= MAX_CELL_CHARS):
+            kept[name] = cell
+    return kept
+
+
+def answer_of(text: str, kind: object) -> str | None:
+    """What a completion answers, in the form in which samples are counted; None where it marks no answer and is too
+    long to be one itself."""
+    said = final_answer(text)
+    if said is None:
+        whole = (after_thinking(text) or "").strip()
+        said = whole if len(whole) <= MAX_ANSWER_CHARS else None
+    if not said:
+        return None
+    value = number(said) if kind == "number" else None
+    return plain(said)[:MAX_ANSWER_CHARS] if value is None else str(value)
 
 
 class Evaluator:
@@ -134,15 +168,22 @@ class Evaluator:
         self.part = accuracy_part(config)
 
     def run(
-        self, engine: Engine, sets: Mapping[str, Sequence[Prompt]], *, policy_step: int, progress: Callable[[str], None]
+        self,
+        engine: Engine,
+        sets: Mapping[str, Sequence[Prompt]],
+        *,
+        policy_step: int,
+        progress: Callable[[str], None],
+        problems: int | None = None,
     ) -> dict[str, SetResult]:
         """The result of every set. Each rank answers its share of the problems; all get the whole result.
 
-        `progress` is called with how far it is after every piece; what it raises ends the evaluation.
+        `progress` is called with how far it is after every piece; what it raises ends the evaluation. Of each set at
+        most `problems` are answered, and at most evaluate.problems.
         """
         results = {}
         for name, all_prompts in sets.items():
-            prompts = all_prompts[: self.config.evaluate.problems]
+            prompts = all_prompts[: self.config.evaluate.problems][:problems]
             mine = prompts[world.rank() :: world.size()]
             found = self._answer(engine, mine, policy_step, lambda done, name=name: progress(f"{name} {done}"))
             by_id = {problem.id: problem for share in world.gather_over_ranks(found) for problem in share}
@@ -182,13 +223,24 @@ class Evaluator:
         right = [score.parts.get(self.part) == 1.0 for score in scores]
         results, at = [], len(prompts)
         for i, (prompt, completion) in enumerate(zip(prompts, greedy, strict=True)):
-            num = len(drawn[i])
-            cut = completion.finish_reason == "length"
-            tokens = len(completion.token_ids)
+            verdicts = tuple(right[at : at + len(drawn[i])])
+            at += len(verdicts)
+            kind = prompt.columns.get("answer_kind")
             results.append(
-                ProblemResult(prompt.id, right[i], cut, tokens, sum(right[at : at + num]), num, completion.text)
+                ProblemResult(
+                    id=prompt.id,
+                    right=right[i],
+                    cut=completion.finish_reason == "length",
+                    tokens=len(completion.token_ids),
+                    sampled_right=sum(verdicts),
+                    samples=len(verdicts),
+                    text=completion.text,
+                    problem=problem_hash(prompt),
+                    answers=tuple(answer_of(prompt.prefill + one.text, kind) for one in drawn[i]),
+                    verdicts=verdicts,
+                    columns=short_cells(prompt.columns),
+                )
             )
-            at += num
         return results
 
 

@@ -20,7 +20,7 @@ from reasoner.compose import compose_conf, source_of
 from reasoner.config import Config, validate
 from reasoner.console import Console
 from reasoner.errors import GuardTripped, Interrupted, ReasonerError
-from reasoner.evaluate import Gain
+from reasoner.intervals import Gain
 from reasoner.results import Results
 from reasoner.resume import check_resume
 from reasoner.rewards.base import Rewards
@@ -139,7 +139,13 @@ class Pipeline:
         folder.cut_back(saved.progress.stage_index, saved.progress.step)
         console.say(f"going on from {saved.progress.name}")
         problems = folder.path / EVAL_PROBLEMS
-        return Results.from_files(folder.eval_rows(), read_rows(problems) if problems.exists() else ())
+        results = Results.from_files(folder.eval_rows(), read_rows(problems) if problems.exists() else ())
+        if self.config.grpo.eval_every and world.is_main():
+            best = results.best(saved.progress.stage_index)  # of those before this checkpoint, which may be it too
+            for name in {saved.progress.name, best.name} if best else {saved.progress.name}:
+                checkpoint.bring(source, folder.path, name)
+        world.barrier()
+        return results
 
     def _say_choices(self, console: Console) -> None:
         """What the row of conf/card chose, each value with its key."""

@@ -6,7 +6,7 @@ run (pipeline.py).
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,17 +21,20 @@ from reasoner.assembly import NO_CONTEXT_LIMIT, Parts
 from reasoner.checkpoint import Progress
 from reasoner.console import Console
 from reasoner.data.order import Draw, Order
+from reasoner.data.task import VALIDATION
 from reasoner.errors import Interrupted
+from reasoner.evaluate import SetResult
 from reasoner.metrics import step_row
 from reasoner.models.loading import load_saved
 from reasoner.models.sources import context_limit
 from reasoner.optimizer_state import load_optimizer, optimizer_tensors
-from reasoner.results import Results
+from reasoner.results import Best, Results
 from reasoner.rollout.choice import make_engine
 from reasoner.rollout.engine import Engine, asleep
-from reasoner.run_folder import RunFolder
+from reasoner.run_folder import CHECKPOINTS, RunFolder
 from reasoner.stages import STAGES, TrainingStage
 from reasoner.tracking.base import Tracker
+from reasoner.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,10 +63,7 @@ class Run:
         first = 0
         if saved is not None:
             first, self.policy_step = saved.progress.stage_index, saved.progress.policy_step
-            prefix = "policy."
-            self.parts.policy.load_state(
-                {name.removeprefix(prefix): tensor for name, tensor in saved.tensors.items() if name.startswith(prefix)}
-            )
+            self.parts.policy.load_state(checkpoint.policy_of(saved.tensors))
         weights = self.parts.policy.weights
         checksum = weights.checksum() if weights else None
         stages = list(enumerate(self.parts.config.stages))
@@ -94,22 +94,62 @@ class Run:
             engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
         with nullcontext() if stage.samples else asleep(engine):
             self._learn(stage, stage_index, step, draw)
+        self._take_best(stage_index)
         engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
         self.parts.policy.eval()
 
     def _learn(self, stage: TrainingStage, stage_index: int, step: int, draw: Draw) -> None:
         """Steps from `step` to the stage's last, with their rows, checkpoints and signals."""
         name = stage.name
+        if self._is_measured(stage, step):
+            self._measure(stage, stage_index, step)
         while step < stage.num_steps:
             torch.manual_seed(derived_seed(self.parts.config.seed, stage_index, step))
             values = stage.step(draw, step + 1, self.policy_step)
             step, self.policy_step = step + 1, self.policy_step + 1
             self._tell(stage, step_row(name, stage_index, step, self.policy_step, values))
             signal = signals.agreed()
-            if step % self.parts.config.checkpoint.every == 0 or step == stage.num_steps or signal:
+            measured = self._is_measured(stage, step)
+            if step % self.parts.config.checkpoint.every == 0 or step == stage.num_steps or measured or signal:
                 self._save(stage, Progress(stage_index, name, step, self.policy_step, draw.cursor))
             if signal:
                 raise Interrupted(signal, f"interrupted at {name} step {step}; {self.how_to_go_on()}")
+            if measured:
+                self._measure(stage, stage_index, step)
+
+    def _is_measured(self, stage: TrainingStage, step: int) -> bool:
+        """Whether the checkpoint of this step takes part in the choice of the best: also the first, which no step of
+        GRPO may have bettered, and the last."""
+        every = self.parts.config.grpo.eval_every if stage.name == "grpo" else None
+        return every is not None and (step % every == 0 or step == stage.num_steps)
+
+    def _measure(self, stage: TrainingStage, stage_index: int, step: int) -> None:
+        """Held-out rows of a checkpoint that was just saved, and whether it is the best so far."""
+        began, row = time.monotonic(), Progress(stage_index, stage.name, step, 0, 0).name
+        limit = self.parts.config.grpo.eval_problems
+        chooses = self.parts.task.validation
+        found = self._answers(row, {VALIDATION: chooses} if chooses else self.parts.task.sets, limit)
+        self._keep(row, stage_index, found, step=step)
+        best = self.results.best(stage_index)
+        assert best is not None
+        scores = " · ".join(f"{name} {result.accuracy:.1%}" for name, result in found.items())
+        place = "the best so far" if best.step == step else f"the best is step {best.step} with {best.score:.1%}"
+        self.console.say(f"held out at {stage.name} step {step}: {scores} greedy, {place}; {_seconds(began)}")
+
+    def _take_best(self, stage_index: int) -> None:
+        """Put back the weights of the best checkpoint, so that everything after the stage has them."""
+        best = self.results.best(stage_index)
+        if best is None:
+            return
+        progress, tensors, _ = checkpoint.load(self.folder.path / CHECKPOINTS / best.name)
+        self.parts.policy.load_state(checkpoint.policy_of(tensors))
+        self.policy_step = progress.policy_step
+        self.console.say(f"going on with {best}")
+
+    def _best(self) -> Best | None:
+        """The checkpoint whose weights the policy has, where one was chosen."""
+        trained = [index for index, stage in enumerate(self.parts.config.stages) if stage in STAGES]
+        return self.results.best(trained[-1]) if trained else None
 
     def _tell(self, stage: TrainingStage, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
@@ -120,9 +160,11 @@ class Run:
     def _save(self, stage: TrainingStage, progress: Progress) -> None:
         if world.is_main():
             tensors, optimizer = optimizer_tensors(stage.updater.optimizer)
-            tensors |= {f"policy.{name}": tensor for name, tensor in self.parts.policy.state().items()}
+            tensors |= {f"{checkpoint.POLICY}{name}": tensor for name, tensor in self.parts.policy.state().items()}
             state = {"optimizer": optimizer, "updater": stage.updater.state()}
-            checkpoint.save(self.folder.path, progress, tensors, state, keep=self.parts.config.checkpoint.keep)
+            best = self.results.best(progress.stage_index)
+            keep = self.parts.config.checkpoint.keep
+            checkpoint.save(self.folder.path, progress, tensors, state, keep=keep, best=best.name if best else None)
         world.barrier()
 
     def _evaluated(self, row: str, line: str) -> None:
@@ -143,20 +185,39 @@ class Run:
         return trained[-1] if trained else "base"
 
     def _evaluate(self, stage_index: int, row: str, engine: Engine, artefact: Path | None = None) -> None:
-        found = self.parts.evaluator.run(
-            engine,
-            self.parts.task.sets,
+        found = self._answers(row, self.parts.task.sets, None, engine)
+        self._keep(row, stage_index, found, artefact=artefact)
+        for name, result in found.items():
+            n = len(result.problems)
+            self.console.status(f"evaluate {row} · {name} {result.accuracy:.1%} greedy of {n:,} problems", last=True)
+        self.results.evaluations.append((row, found))
+
+    def _answers(
+        self, row: str, sets: Mapping[str, Sequence[Prompt]], limit: int | None, engine: Engine | None = None
+    ) -> dict[str, SetResult]:
+        return self.parts.evaluator.run(
+            engine or self.parts.engine,
+            sets,
             policy_step=self.policy_step,
             progress=lambda line: self._evaluated(row, line),
+            problems=limit,
         )
+
+    def _keep(
+        self,
+        row: str,
+        stage_index: int,
+        found: Mapping[str, SetResult],
+        *,
+        artefact: Path | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Write what was measured into eval_problems.jsonl and eval.json."""
         for name, result in found.items():
             removed = self.parts.task.overlap_removed.get(name, 0)
             told = str(artefact) if artefact else None
-            self.results.rows.append(result.row(row, stage_index, overlap_removed=removed, artefact=told))
-            self.folder.append_eval_problems(result.problem_rows(row, stage_index))
-            accuracy, n = result.num_right / len(result.problems), len(result.problems)
-            self.console.status(f"evaluate {row} · {name} {accuracy:.1%} greedy of {n:,} problems", last=True)
-        self.results.evaluations.append((row, found))
+            self.results.rows.append(result.row(row, stage_index, overlap_removed=removed, artefact=told, step=step))
+            self.folder.append_eval_problems(result.problem_rows(row, stage_index, step))
         self.folder.write_eval(self.results.rows)
 
     def _export(self, stage_index: int) -> None:
@@ -177,7 +238,12 @@ class Run:
             engine = make_engine("hf", config, policy, decode, max_context=limit, kv_bytes=0)
             self._evaluate(stage_index, "export", engine, artefact)
             engine.close()
-        self.console.say(f"saved: {artefact}")
+        best = self._best()
+        self.console.say(f"saved: {artefact}" + (f", which is {best}" if best else ""))
+
+
+def _seconds(began: float) -> str:
+    return f"{time.monotonic() - began:.1f} s"
 
 
 def derived_seed(seed: int, stage_index: int, step: int) -> int:

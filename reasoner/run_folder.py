@@ -190,7 +190,10 @@ def _length_up_to(path: Path, position: tuple[int, int]) -> int:
 
 
 def _position(row: Mapping[str, Any]) -> tuple[int, int]:
-    return row["stage_index"], row.get("step", 1)
+    """Where a row stands among the checkpoints. A checkpoint is measured once it is saved: that row is later than it,
+    so that a run which was killed between measures it again."""
+    measured = "set" in row
+    return row["stage_index"], row["step"] + measured if "step" in row else 1
 
 
 def _plain(value: Any) -> Any:

@@ -54,22 +54,23 @@ def drop_duplicates(problems: Sequence[Problem]) -> tuple[list[Problem], int]:
     return list(first.values()), len(problems) - len(first)
 
 
-def take_heldout(problems: Sequence[Problem], heldout: float, seed: int) -> list[Problem]:
+def take_heldout(problems: Sequence[Problem], heldout: float, seed: int, key: str = "data.heldout") -> list[Problem]:
     """The held-out problems, drawn with `seed`: `heldout` rows, or that share if below 1; no two have one wording.
+    `key` names the setting in errors.
 
     Raises DataError if there are not more problems than are to be held out, ConfigError if `heldout` asks for none or
     for part of a row.
     """
     if not heldout or (heldout >= 1 and heldout != int(heldout)):
         raise ConfigError(
-            f"data.heldout={heldout:g}: the stage `evaluate` wants a number of rows or a share below 1, or else sets "
+            f"{key}={heldout:g}: the stage `evaluate` wants a number of rows or a share below 1, or else sets "
             "named under evaluate.sets"
         )
     unique, _ = drop_duplicates(problems)
     count = int(heldout) if heldout >= 1 else max(1, round(heldout * len(unique)))
     if count >= len(unique):
         there = f"{count:,} of only {len(unique):,} different problems"
-        raise DataError(f"data.heldout={heldout:g} asks for {there}: lower it or give more rows")
+        raise DataError(f"{key}={heldout:g} asks for {there}: lower it or give more rows")
     return Random(seed).sample(unique, count)
 
 

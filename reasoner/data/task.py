@@ -26,7 +26,7 @@ from reasoner.types import Example, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELDOUT = "heldout"
+HELDOUT, VALIDATION = "heldout", "validation"
 TRAINING = ("sft", "grpo")
 MEASURING = {"evaluate", "export"}
 OWN_SOURCE = {"path", "name", "subset", "split", "sheet"}
@@ -52,7 +52,7 @@ class Task:
     """What a run trains on and is measured on.
 
     `report` has a section's (sft, grpo, each set's) counts: `rows` read, one for each of COUNTS, `kept`; and for a set
-    `overlap_removed_from_training`.
+    `overlap_removed_from_training`. `validation` are rows of GRPO's that never train, to choose a checkpoint by.
     """
 
     template: Template
@@ -60,6 +60,7 @@ class Task:
     prompts: tuple[Prompt, ...]
     sets: Mapping[str, tuple[Prompt, ...]]
     report: Report
+    validation: tuple[Prompt, ...] = ()
     notes: tuple[str, ...] = ()  # what was recognised in the rows
 
     @property
@@ -81,7 +82,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section of the conf that reads rows: a training stage, a set, or `data` for its held-out rows."""
+    """A section of the conf that reads rows: a training stage, a set, `data` for its held-out rows, or `grpo.data` for
+    those that choose a checkpoint."""
 
     name: str
     where: str  # in the conf
@@ -107,7 +109,7 @@ def load_task(config: Config, tokenizer: "PreTrainedTokenizerBase", rows: Any = 
     problems, counts, notes = _read(sections, template)
     _split(sections, problems, counts)
     measured = not MEASURING.isdisjoint(config.stages)
-    used = [section for section in sections if section.trains or measured]
+    used = [section for section in sections if section.trains or section.name == VALIDATION or measured]
     task = _encode(used, problems, counts, template, config.sft.max_completion_tokens)
     return replace(task, notes=notes)
 
@@ -124,19 +126,21 @@ def _sections(config: Config, given: Sequence[Mapping[str, Any]] | None) -> list
     training = [section(name, f"{name}.data", getattr(config, name).data) for name in TRAINING if name in config.stages]
     measured = not MEASURING.isdisjoint(config.stages)
     nodes = config.evaluate.sets
-    for name in (name for name in (*TRAINING, HELDOUT) if name in nodes):
+    chooses = bool(config.data.validation) and "grpo" in config.stages
+    for name in (name for name in (*TRAINING, HELDOUT, *([VALIDATION] if chooses else [])) if name in nodes):
         raise ConfigError(f"evaluate.sets.{name}: the name is taken; choose another for the set")
+    validation = [section(VALIDATION, "grpo.data", config.grpo.data)] if chooses else []
     if not nodes:
         heldout = section(HELDOUT, "data", {})
         shared = bool(config.data.heldout) and any(one.source == heldout.source for one in training)
-        return [*training, heldout] if measured or shared else training
+        return [*training, *validation, heldout] if measured or shared else [*training, *validation]
     sets = [section(name, f"evaluate.sets.{name}", node) for name, node in nodes.items()] if measured else []
     for one in sets:
         twin = next((other for other in training if other.source == one.source), None)
         if twin:
             what = f"{one.where} reads the rows that {twin.where} trains on"
             raise DataError(f"{what}: give {one.where}.split or {one.where}.path, or leave evaluate.sets out")
-    return [*training, *sets]
+    return [*training, *validation, *sets]
 
 
 @contextmanager
@@ -188,18 +192,19 @@ def _read(
 
 def _split(sections: Sequence[Section], problems: dict[str, list[Problem]], counts: Mapping[str, Counter[str]]) -> None:
     """Draws the held-out rows and takes them, duplicates and overlap away from where they don't belong."""
-    heldout = next((section for section in sections if section.name == HELDOUT), None)
-    if heldout:
-        problems[HELDOUT] = take_heldout(problems[HELDOUT], heldout.data.heldout, heldout.data.seed)
+    drawn = [section for name in (HELDOUT, VALIDATION) for section in sections if section.name == name]
+    for place, one in enumerate(drawn):
+        for before in drawn[:place]:
+            _hold_out(problems, counts, one, before)
+        key = f"data.{one.name}"
+        problems[one.name] = take_heldout(problems[one.name], getattr(one.data, one.name), one.data.seed, key)
     for section in (section for section in sections if section.trains):
         name = section.name
-        if heldout:
-            problems[name], counts[name]["heldout"] = without_heldout(
-                problems[name], problems[HELDOUT], same_source=section.source == heldout.source
-            )
+        for one in drawn:
+            _hold_out(problems, counts, section, one)
         problems[name], counts[name]["duplicates"] = drop_duplicates(problems[name])
-    training = [section.name for section in sections if section.trains]
-    for section in (section for section in sections if not section.trains):
+    training = [section.name for section in sections if section.trains or section.name == VALIDATION]
+    for section in (section for section in sections if section.name not in training):
         name = section.name
         if section.data.overlap == "masked":
             trained = [problem for source in training for problem in problems[source]]
@@ -210,6 +215,15 @@ def _split(sections: Sequence[Section], problems: dict[str, list[Problem]], coun
                 problems[source], removed = without_overlap(problems[source], problems[name], key)
                 counts[source]["overlap_removed"] += removed
                 counts[name]["overlap_removed_from_training"] += removed
+
+
+def _hold_out(
+    problems: dict[str, list[Problem]], counts: Mapping[str, Counter[str]], section: Section, drawn: Section
+) -> None:
+    """Takes the rows that were drawn for another section away from this one."""
+    same = section.source == drawn.source
+    problems[section.name], gone = without_heldout(problems[section.name], problems[drawn.name], same_source=same)
+    counts[section.name]["heldout"] += gone
 
 
 def _encode(
@@ -231,13 +245,14 @@ def _encode(
             worked, count["long_completions"] = make_examples(made, template, max_completion_tokens)
             kept, examples = [problem for problem, _ in worked], tuple(example for _, example in worked)
         prompts[name] = tuple(prompt for _, prompt in made)
-        names = ["rows", *COUNTS] if section.trains else ["rows", *COUNTS, "overlap_removed_from_training"]
+        learns = section.trains or name == VALIDATION
+        names = ["rows", *COUNTS] if learns else ["rows", *COUNTS, "overlap_removed_from_training"]
         report[name] = {what: count[what] for what in names} | {"kept": len(kept)}
         if not kept:
             raise DataError(f"{_line(name, report[name])}: nothing is left to work on; see {section.where}")
         _check_characters(kept, template, seen)
-    sets = {section.name: prompts[section.name] for section in sections if not section.trains}
-    return Task(template, examples, prompts.get("grpo", ()), sets, report)
+    sets = {name: found for name, found in prompts.items() if name not in (*TRAINING, VALIDATION)}
+    return Task(template, examples, prompts.get("grpo", ()), sets, report, prompts.get(VALIDATION, ()))
 
 
 def _check_characters(problems: Iterable[Problem], template: Template, seen: set[str]) -> None:
