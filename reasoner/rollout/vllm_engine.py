@@ -212,15 +212,18 @@ class VllmEngine:
 
 def _give_back() -> None:
     """The memory and the process group of an engine that nothing refers to any more. vLLM keeps the blocks of its own
-    allocator for as long as the process lives, and starts no second engine beside them."""
+    allocator and the name of its graphs' pool for as long as the process lives, and no second engine starts beside
+    them."""
     from vllm.device_allocator.cumem import CuMemAllocator, unmap_and_release
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     cleanup_dist_env_and_memory()  # collects garbage too: the parts of an engine hold one another
+    type(current_platform)._global_graph_pool = None
     allocator = CuMemAllocator.get_instance()
     for pool, of_pool in allocator.allocator_and_pools.values():
         for block in pool.snapshot():
-            if block["allocated_size"] == 0:
+            if block["allocated_size"] == 0 and block["address"] in allocator.pointer_to_data:
                 unmap_and_release(allocator.python_free_callback(block["address"]))
         _emptied.append((pool, of_pool))
 
@@ -291,7 +294,7 @@ def _start(
 
     from reasoner.rollout import vllm_weights
 
-    memory = vllm_weights.register(None if model_path else policy.weights, adapter)
+    memory = vllm_weights.register(None if model_path else policy.weights, adapter, type(policy.base).__name__)
     try:
         with redirect_stderr(io.StringIO()):  # progress bars: a start takes seconds
             llm = LLM(

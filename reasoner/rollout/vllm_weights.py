@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -90,13 +91,16 @@ class BuildMemory:
     peak: int = 0
 
 
-def register(weights: BaseWeights | None, adapter: EngineAdapter) -> BuildMemory:
+def register(weights: BaseWeights | None, adapter: EngineAdapter, architecture: str) -> BuildMemory:
     """Teach vLLM the load format and the quantization for the next engine of this process.
 
-    They reach the weights by closure, because vLLM copies what stands in its configs. `weights` None: vLLM loads its
-    own, 16-bit.
+    `architecture`: the name of transformers' class, whose vLLM twin is imported here. The weights are reached by
+    closure, because vLLM copies what stands in its configs; with None vLLM loads its own, 16-bit.
     """
     _register_methods(weights.fused_states if weights else {}, adapter)
+    known = ModelRegistry.models.get(architecture)
+    if known is not None:  # a class is asked right here what it can do; a name, in a process that first imports vLLM
+        ModelRegistry.register_model(architecture, known.load_model_cls())
     memory = BuildMemory()
     if weights is not None:
         _register_loader(weights, memory)

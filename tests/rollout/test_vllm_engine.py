@@ -186,10 +186,11 @@ def test_the_canary_stops_an_engine_that_does_not_follow(engines: list, monkeypa
         engine.generate(prompts_of(), sampling(), policy_step=step)
         assert engine.reading.arrived > 0.8
     monkeypatch.setattr(engine.adapter, "load", lambda state: None)
-    change(policy, seed=30)
-    engine.load_adapter(policy.trainable(), 3)
     with pytest.raises(GuardTripped, match="samples from other weights"):
-        engine.generate(prompts_of(), sampling(), policy_step=3)
+        for step in (3, 4):
+            change(policy, seed=27 + step)
+            engine.load_adapter(policy.trainable(), step)
+            engine.generate(prompts_of(), sampling(), policy_step=step)
 
 
 def test_a_closed_engine_gives_its_memory_back() -> None:
