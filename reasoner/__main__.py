@@ -22,10 +22,11 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data", "reward")
+VERBS = ("train", "data", "reward", "report")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
        python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
+       python -m reasoner report run=RUN_FOLDER [run=OTHER ...] [to=FILE.html]    write its report, or compare runs
        python -m reasoner resume=RUN_FOLDER [key=value ...]
 
   conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
@@ -58,6 +59,11 @@ def _run(arguments: list[str]) -> int:
         if verb not in VERBS:
             raise ConfigError(f"unknown command '{verb}'{nearest(verb, list(VERBS))}")
     overrides, flags = _sort(arguments)
+    if verb == "report" and not flags:
+        from reasoner.report.command import report
+
+        print(report(overrides))
+        return 0
     settings: dict[str, str] = {}
     for override in overrides:
         key, _, settings[key] = override.partition("=")

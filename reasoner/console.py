@@ -29,6 +29,7 @@ ETA_OVER = 20  # steps whose mean time the ETA takes
 FIRST_STEPS = 5  # of a stage; their mean entropy is what a collapse is judged against
 PROMPT_CHARS, COMPLETION_CHARS = 200, 800  # shown of a sample
 AT_K = re.compile(r"(pass|maj)_at_\d+")
+MAX_NOTES = 200  # kept of what was said, the newest
 UNSAFE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
@@ -204,7 +205,10 @@ class _Screen(RichConsole):
 
 
 class Console:
-    """Where a run speaks; silent on ranks other than the main one. A context manager: leaving it closes it."""
+    """Where a run speaks; silent on ranks other than the main one. A context manager: leaving it closes it.
+
+    `notes` keeps what `say` was told, and after which step: `{"after": "grpo 120", "text": "out of memory: ..."}`.
+    """
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stdout
@@ -217,11 +221,18 @@ class Console:
         self._step_s: deque[float] = deque(maxlen=ETA_OVER)
         self._entropies: list[float] = []
         self._hinted: dict[str, int] = {}
+        self._last_step = ""
+        self.notes: list[dict[str, str]] = []
 
     def say(self, line: str) -> None:
-        """One line (or several), kept on the screen."""
+        """One line (or several), kept on the screen and in `notes`."""
+        self.notes.append({"after": self._last_step, "text": line})
+        del self.notes[:-MAX_NOTES]
+        self._show(line)
+
+    def _show(self, text: str) -> None:
         if self._speaks:
-            self._print(visible(line))
+            self._print(visible(text))
 
     def status(self, line: str, *, last: bool = False) -> None:
         """The line that tells how far something is, in place of the one before; `last` keeps it on the screen."""
@@ -242,6 +253,7 @@ class Console:
             self._step_s.clear()
             self._entropies.clear()
             self._hinted.clear()
+        self._last_step = f"{row['stage']} {row['step']}"
         self._step_s.append(row["step_s"])
         if len(self._entropies) < FIRST_STEPS and isfinite(row.get("entropy", math.nan)):
             self._entropies.append(row["entropy"])
@@ -257,11 +269,11 @@ class Console:
         totals = [[score.total for score in group.scores] for group in groups]
         spread = [max(values) - min(values) for values in totals]
         if groups:
-            self.say("\n".join([f"sample of step {step}", *sample_lines(groups[spread.index(max(spread))])]))
+            self._show("\n".join([f"sample of step {step}", *sample_lines(groups[spread.index(max(spread))])]))
 
     def table(self, rows: Sequence[Mapping[str, Any]], gains: Sequence[str] = ()) -> None:
         """The closing table, then the sentences about what each stage gained."""
-        self.say("\n".join([*closing_table(rows), *gains]))
+        self._show("\n".join([*closing_table(rows), *gains]))
 
     def close(self) -> None:
         """Keep the last progress line and leave the terminal as it was."""

@@ -1,11 +1,12 @@
 """From a checked config to a finished run: the folder, the checkpoint to go on from, the parts, the stages, and how
 it ended.
 
-`train` is the same from Python. Left out: the HTML report.
+`train` is the same from Python.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,17 +17,19 @@ import yaml
 
 from reasoner import checkpoint, signals, world
 from reasoner.assembly import assemble
-from reasoner.compose import compose_conf, source_of
+from reasoner.compose import compose_conf, leaves, source_of
 from reasoner.config import Config, validate
 from reasoner.console import Console
 from reasoner.errors import GuardTripped, Interrupted, ReasonerError
 from reasoner.intervals import Gain
+from reasoner.redact import Redactor
+from reasoner.report.write import REPORT, REPORT_ERROR, write_report
 from reasoner.results import Results
 from reasoner.resume import check_resume
 from reasoner.rewards.base import Rewards
 from reasoner.run import Run, Saved
 from reasoner.run_folder import CONFIG, EVAL_PROBLEMS, RunFolder, read_rows
-from reasoner.summary import summary
+from reasoner.summary import notes_of, summary
 from reasoner.tracking.base import make_trackers
 
 
@@ -91,10 +94,13 @@ class Pipeline:
                 Console() as console,
             ):
                 facts: dict[str, Any] = {"stages": [], "model_revision": None, "seed": self.config.seed}
+                facts["notes"] = console.notes
                 try:
                     return self._run(folder, console, saved, facts, began)
                 except ReasonerError as error:
+                    facts["ended_by"] = str(error)
                     folder.write_summary(summary(ending(error), facts, time.monotonic() - began))
+                    self._report(folder, console)
                     raise
         finally:
             world.stop()
@@ -127,6 +133,7 @@ class Pipeline:
             closing.callback(parts.engine.close)
         console.table(results.rows, results.sentences())
         folder.write_summary(summary("done", facts, time.monotonic() - began))
+        self._report(folder, console)
         console.say(f"the whole run is in {folder.path}")
         return RunResult(folder.path, tuple(results.rows), results.gains())
 
@@ -136,6 +143,7 @@ class Pipeline:
         old = yaml.safe_load((source / CONFIG).read_text(encoding="utf-8"))
         for line in check_resume(old, plain(asdict(self.config)), self.config.resume.allow, saved.progress):
             console.say(f"changed: {line}")
+        console.notes.extend(notes_of(source))
         folder.cut_back(saved.progress.stage_index, saved.progress.step)
         console.say(f"going on from {saved.progress.name}")
         problems = folder.path / EVAL_PROBLEMS
@@ -146,6 +154,23 @@ class Pipeline:
                 checkpoint.bring(source, folder.path, name)
         world.barrier()
         return results
+
+    def _report(self, folder: RunFolder, console: Console) -> None:
+        """Write the page about the run. An error of ours there is told and kept, but can't make a good run a failed
+        one."""
+        if not world.is_main():
+            return
+        try:
+            write_report([folder.path], folder.path / REPORT)
+        except Exception as error:  # noqa: BLE001 - a mistake in a page must not cost the exit code of a night's training
+            kept = folder.path / REPORT_ERROR
+            kept.write_text(Redactor.from_environment().text(traceback.format_exc()), encoding="utf-8")
+            console.say(
+                f"the report could not be written ({type(error).__name__}: {error}); the run's files are whole. Please "
+                f"report this with {kept}"
+            )
+        else:
+            console.say(f"report: {folder.path / REPORT}")
 
     def _say_choices(self, console: Console) -> None:
         """What the row of conf/card chose, each value with its key."""
@@ -178,12 +203,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

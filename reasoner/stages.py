@@ -1,5 +1,6 @@
 """The two training stages as the pipeline sees them: rows, steps, and what one step does with some of the rows."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from reasoner import world
@@ -8,6 +9,7 @@ from reasoner.console import Console
 from reasoner.data.order import Draw
 from reasoner.grpo.advantages import JudgedGroup
 from reasoner.grpo.trainer import GRPOTrainer
+from reasoner.rollout.tokens import Decode, token_logprobs
 from reasoner.run_folder import RunFolder
 from reasoner.sft import SFTTrainer
 from reasoner.types import Prompt
@@ -80,6 +82,7 @@ class GrpoStage:
         self.folder = folder
         self.updater = make_updater(parts, self.name, console, folder)
         self.trainer = make_trainer(parts, self.updater)
+        self.decode = parts.task.template.decode
         parts.policy.train_mode(dropout=False)
         if self.settings.kl_coef > 0 and not parts.policy.has_reference:
             parts.policy.freeze_reference()
@@ -92,6 +95,7 @@ class GrpoStage:
         )
         at = {"stage": self.name, "stage_index": self.stage_index, "step": step, "policy_step": policy_step}
         rows = [row for judged in report.judged for row in completion_rows(judged, at)]
+        show_tokens(rows, report.judged, self.decode)
         self.folder.append_completions([row for share in world.gather_over_ranks(rows) for row in share])
         if step % self.settings.show_every == 0:
             self.console.samples(step, [judged.group for judged in report.judged])
@@ -141,3 +145,23 @@ def completion_rows(judged: JudgedGroup, at: dict[str, Any]) -> list[dict[str, A
         }
         for completion, score, advantage in triples
     ]
+
+
+def show_tokens(rows: list[dict[str, Any]], judged: Sequence[JudgedGroup], decode: Decode) -> None:
+    """Give two of the step's rows `token_logprobs`: the best and the worst completion of the group whose rewards differ
+    most.
+
+    Only two, as the tokens with their logprobs take twice the bytes of the text. `rows` are those of `judged`, in order.
+    """
+    completions = [completion for one in judged for completion in one.group.completions]
+    spans, start = [], 0
+    for one in judged:
+        totals = [score.total for score in one.group.scores]
+        low, high = min(totals), max(totals)
+        spans.append((high - low, start + totals.index(high), start + totals.index(low)))
+        start += len(totals)
+    _, best, worst = max(spans, key=lambda span: span[0], default=(0, None, None))
+    for index in dict.fromkeys(i for i in (best, worst) if i is not None):
+        found = token_logprobs(completions[index], decode)
+        if found is not None:
+            rows[index]["token_logprobs"] = found

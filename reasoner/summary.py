@@ -1,6 +1,7 @@
 """summary.json: how a run ended, what it took, and on what it ran, so that a figure can be traced to its versions and
 card."""
 
+import json
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ import torch
 
 from reasoner import __version__
 from reasoner.metrics import peak_gib
+from reasoner.run_folder import SUMMARY
 
 PACKAGES = ("torch", "transformers", "peft", "math-verify", "reasoning-gym", "vllm", "bitsandbytes", "triton")
 
@@ -27,6 +29,12 @@ def summary(status: str, facts: Mapping[str, Any], seconds: float) -> dict[str, 
         "commit": commit(),
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def notes_of(folder: Path) -> list[dict[str, str]]:
+    """What a run that ended before had said; [] where it left no summary."""
+    path = folder / SUMMARY
+    return json.loads(path.read_bytes()).get("notes", []) if path.exists() else []
 
 
 def versions() -> dict[str, str]:
