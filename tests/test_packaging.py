@@ -24,7 +24,11 @@ def test_the_wheel_carries_every_module_conf_and_template(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("reasoner_rl-*.whl")
     carried = set(zipfile.ZipFile(wheel).namelist())
-    package = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.jinja") for path in (ROOT / "reasoner").rglob(kind)}
+    package = {
+        str(path.relative_to(ROOT))
+        for kind in ("*.py", "*.jinja", "report/*/*.*")
+        for path in (ROOT / "reasoner").rglob(kind)
+    }
     confs = {f"reasoner/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert "reasoner/conf/base.yaml" in confs
     assert package | confs <= carried, "a folder of reasoner/ is absent from tool.setuptools.packages"

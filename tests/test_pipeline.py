@@ -54,7 +54,7 @@ def test_a_run_leaves_what_the_readme_promises(tmp_path: Path, capsys: pytest.Ca
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         *("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "eval_problems.jsonl"),
-        *("checkpoints", "model", "summary.json"),
+        *("checkpoints", "model", "summary.json", "report.html"),
     }
     rows = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert [row["row"] for row in rows] == ["base", "sft", "grpo", "export"]
@@ -178,7 +178,18 @@ def test_rewards_that_fail_stop_the_run_with_its_checkpoint_kept(tmp_path: Path)
         small(tmp_path / "run", "stages=[sft,grpo]", "reward.max_failed_share=0.2", reward=fails_on_samples)
     assert caught.value.exit_code == 3
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped by a guard"
+    assert "reward.max_failed_share" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "checkpoints" / "01-grpo-000000").exists()
+
+
+def test_a_report_that_cannot_be_written_costs_one_line_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "run" / "report.html" / "in the way").mkdir(parents=True)
+    result = small(tmp_path / "run", "stages=[sft]", "sft.steps=1")
+    assert json.loads((result.out / "summary.json").read_text())["status"] == "done"
+    said = capsys.readouterr().out
+    assert "no report: can't write" in said and f"python -m reasoner report run={result.out}" in said
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path):
@@ -272,6 +283,7 @@ def test_g3_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, nu
     done = metrics(tmp_path / "run")[-1]
     assert list((tmp_path / "run" / "checkpoints").glob(f"*-{done['stage']}-{done['step']:06d}/done.json"))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    assert f"resume={tmp_path / 'run'}" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_g8_a_secret_in_the_environment_never_reaches_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

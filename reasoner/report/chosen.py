@@ -90,7 +90,9 @@ def _parse(path: Path, file: BinaryIO, lines: Sequence[Line]) -> list[Row]:
         try:
             rows.append(json.loads(file.read(length)))
         except ValueError as error:
-            raise RunFolderError(f"{path} is damaged at byte {offset}: move it away, the report does without") from error
+            raise RunFolderError(
+                f"{path} is damaged at byte {offset}: move it away, the report does without"
+            ) from error
     return rows
 
 

@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from reasoner.compose import leaves
@@ -13,7 +14,7 @@ from reasoner.report.chosen import Chosen, choose
 from reasoner.report.curves import curves
 from reasoner.report.flags import flags
 from reasoner.report.source import Row, Source
-from reasoner.report.verdict import change, headline, problems, within
+from reasoner.report.verdict import change, comparison, headline, problems, within
 
 BUDGET = 2_300_000  # bytes of the page for texts and numbers, over all runs; with the page's own code it stays < 3 MB
 FOR_COMPLETIONS, FOR_PROBLEMS = 0.6, 0.2  # of it; curves take what is left
@@ -52,7 +53,7 @@ def run_content(source: Source, budget: float) -> dict[str, Any]:
         "model": source.config.get("model", {}).get("name"),
         "status": summary.get("status", "not finished"),
         "ended_by": summary.get("ended_by"),
-        "headline": headline(whole, subject="Training"),
+        "headline": headline(whole),
         "facts": _facts(source),
         "evaluations": _evaluations(source),
         "changes": changes,
@@ -79,18 +80,15 @@ def compared(first: Source, other: Source, budget: float) -> dict[str, Any]:
             one = change(first.name, other.name, old, new) if old else None
             if old and one:
                 found.append(one)
-                moved = moved or problems(first.name, other.name, old, new, first.asked | other.asked)
+                moved = moved or problems(first.name, other.name, old, new, {**first.asked, **other.asked})
     if moved:
         moved["items"] = within(round(budget * FOR_PROBLEMS / 2), moved["items"])
     settings = [dict(leaves(source.config)) for source in (first, other)]
     keys = [key for key in dict.fromkeys((*settings[0], *settings[1])) if key not in ("out", "resume.dir", "name")]
     absent = object()
-    said = headline(found[0] if found else None, subject=other.name)
-    if not found:
-        said["detail"] = "The two runs have no held-out problems in common, so their accuracies can't be compared."
     return {
         "name": other.name,
-        "headline": said,
+        "headline": comparison(found[0] if found else None),
         "changes": found,
         "problems": moved,
         "settings": [
@@ -105,7 +103,7 @@ def _changes(measured: Sequence[tuple[str, Mapping[str, SetResult]]]) -> list[di
     """From the first row to the last (`whole`), then each to the next where there are more than two."""
     pairs = [(measured[0], measured[-1], True)] if len(measured) > 1 else []
     if len(measured) > 2:
-        pairs += [(a, b, False) for a, b in zip(measured, measured[1:], strict=False)]
+        pairs += [(a, b, False) for a, b in pairwise(measured)]
     found = []
     for (before, old), (after, new), whole in pairs:
         for name in new:

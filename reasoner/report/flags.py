@@ -74,7 +74,7 @@ def _reward_without_gain(rows: Sequence[Row], accuracy: Mapping[str, Any] | None
             "title": "Reward rose, held-out accuracy did not",
             "text": f"The mean reward rose by {reward:.2f} over the stage, while held-out accuracy changed by "
             f"{accuracy['points']:+.1f} points (95% {accuracy['low']:+.1f} to {accuracy['high']:+.1f}). Read late "
-            "completions with a high reward: what pays there that does not solve the problem? Then change that reward part.",
+            "completions with a high reward: what pays there that does not solve the problem? Then change that part.",
         }
     solved = moved(rows, "solved_share")
     parts = {name: moved(rows, name) for row in rows[:1] for name in row if name.startswith("reward/")}
@@ -97,14 +97,14 @@ def _length(rows: Sequence[Row], accuracy: Mapping[str, Any] | None) -> Iterator
         yield {
             "tone": "bad",
             "title": "Completions collapsed in length",
-            "text": f"From {before:.0f} to {after:.0f} tokens on average, without a gain in held-out accuracy. A reward "
-            "that pays for a short or an empty answer does this, as does a penalty on length: read late completions.",
+            "text": f"From {before:.0f} to {after:.0f} tokens on average, and accuracy did not rise. A reward that "
+            "pays for a short or an empty answer does this, as does a penalty on length: read late completions.",
         }
     elif after < HALF * before:
         yield {
             "tone": "note",
             "title": "Completions became much shorter",
-            "text": f"From {before:.0f} to {after:.0f} tokens on average, while accuracy rose. That is what one wants where "
+            "text": f"From {before:.0f} to {after:.0f} tokens on average, while accuracy rose. That is good where "
             "long answers were rambling; see that the reasoning is still there.",
         }
 
@@ -143,7 +143,7 @@ def _texts(completions: Sequence[Row]) -> Iterator[Flag]:
         yield {
             "tone": "bad",
             "title": "The same completion answers many prompts",
-            "text": f"{percent(times / len(rows))} of the completions read from the last quarter of the run are {said}, for "
+            "text": f"{percent(times / len(rows))} of the completions read from the last quarter are {said}, for "
             f"prompts with {len(answers[text]):,} different answers. The policy gives one answer that pays often: see "
             "what it earns, and raise grpo.entropy_coef or lower grpo.optim.lr.",
         }

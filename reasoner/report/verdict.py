@@ -52,35 +52,62 @@ def common(old: SetResult, new: SetResult) -> list[tuple[ProblemResult, ProblemR
     return [(earlier[key(problem)], problem) for problem in new.problems if key(problem) in earlier]
 
 
-def headline(found: Mapping[str, Any] | None, *, subject: str) -> dict[str, str]:
-    """`{"tone", "title", "detail"}` of a change; `subject` is what the title speaks of: "Training"."""
+def comparison(found: Mapping[str, Any] | None) -> dict[str, str]:
+    """`{"tone", "title", "detail"}` of one run (`after`) against another (`before`)."""
+    if found is None:
+        return {
+            "tone": "unclear",
+            "title": "Nothing to compare the two runs by",
+            "detail": "They have no held-out problems in common, so their accuracies say nothing of one another.",
+        }
+    first, other = found["before"], found["after"]
+    accuracies = f"{found['after_accuracy']:.1f}% against {found['before_accuracy']:.1f}%"
+    if found["verdict"] == "unclear":
+        title = "Can't tell which of the two is better"
+        doubt = f" This may be chance: {found['needed']}."
+    else:
+        title = f"{other} is {'better' if found['verdict'] == 'up' else 'worse'} than {first}"
+        doubt = " The difference is real: interval and exact test (McNemar) leave out 0."
+    return {
+        "tone": found["verdict"],
+        "title": title,
+        "detail": f"{other} solves {accuracies} of {first}: {_measured(found)}{doubt}",
+    }
+
+
+def _measured(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['points']:+.1f} points, 95% interval {found['low']:+.1f} to {found['high']:+.1f}, on the same "
+        f"{found['problems']:,} problems of {found['set']} ({found['gained']:,} gained, {found['lost']:,} lost)."
+    )
+
+
+def headline(found: Mapping[str, Any] | None) -> dict[str, str]:
+    """`{"tone", "title", "detail"}` of what training changed."""
     if found is None:
         return {
             "tone": "unclear",
             "title": "No before and after to compare",
-            "detail": "Accuracy was not measured twice on the same held-out problems, so nothing is said of a gain. With "
+            "detail": "Accuracy was not measured twice on the same held-out problems, so nothing can be said. With "
             "stages=[evaluate,sft,evaluate,grpo,evaluate,export] a run measures before and after each stage.",
         }
-    measured = (
-        f"{found['points']:+.1f} points, 95% interval {found['low']:+.1f} to {found['high']:+.1f}, on the same "
-        f"{found['problems']:,} problems of {found['set']} ({found['gained']:,} gained, {found['lost']:,} lost)."
-    )
+    measured = _measured(found)
     moved = f"held-out accuracy from {found['before_accuracy']:.1f}% to {found['after_accuracy']:.1f}%"
     if found["verdict"] == "up":
         return {
             "tone": "up",
-            "title": f"{subject} raised {moved}",
+            "title": f"Training raised {moved}",
             "detail": f"{measured} The gain is real: interval and exact test (McNemar) leave out 0.",
         }
     if found["verdict"] == "down":
         return {
             "tone": "down",
-            "title": f"{subject} lowered {moved}",
+            "title": f"Training lowered {moved}",
             "detail": f"{measured} The loss is real: interval and exact test (McNemar) leave out 0.",
         }
     return {
         "tone": "unclear",
-        "title": f"Can't tell whether {subject[0].lower()}{subject[1:]} changed held-out accuracy",
+        "title": "Can't tell whether training changed held-out accuracy",
         "detail": f"From {found['before_accuracy']:.1f}% to {found['after_accuracy']:.1f}%: {measured} This "
         f"may be chance: {found['needed']}.",
     }

@@ -141,7 +141,7 @@ const GRPO_CHARTS = [
   ['Useful groups', (name) => name === 'useful_groups', {}],
   ['Entropy', (name) => name === 'entropy', {}],
   ['KL to the reference', (name) => name === 'kl', { what: 'nats a token; 0 without a reference' }],
-  ['Engine–trainer mismatch', (name) => name === 'logprob_gap_mean', {}],
+  ['Engine and trainer', (name) => name === 'logprob_gap_mean', {}],
   ['Largest ratio', (name) => name === 'ratio_max', {}],
   ['Gradient norm', (name) => name === 'grad_norm', {}],
   ['Learning rate', (name) => name === 'lr', {}],

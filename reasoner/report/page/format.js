@@ -33,9 +33,9 @@ const percent = (share, digits = 1) => (isNumber(share) ? `${(100 * share).toFix
 const count = (value) => value.toLocaleString('en');
 const plural = (value, word) => `${count(value)} ${word}${value === 1 ? '' : 's'}`;
 
-/** 2040 -> '34 min', 40 -> '40 s', 8000 -> '2 h 13 min'. */
+/** 2040 -> '34 min', 90 -> '90 s', 8000 -> '2 h 13 min'. */
 function duration(seconds) {
-  if (seconds < 59.5) return `${seconds < 9.95 ? seconds.toFixed(1) : Math.round(seconds)} s`;
+  if (seconds < 119.5) return `${seconds < 9.95 ? seconds.toFixed(1) : Math.round(seconds)} s`;
   const minutes = Math.round(seconds / 60);
   return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, '0')} min`;
 }

@@ -21,11 +21,12 @@ function changeTable(changes, first) {
 
 function evaluationTable(run, set) {
   const rows = run.evaluations.filter((row) => row.set === set);
-  const head = ['', 'greedy', '95% interval', 'sampled', 'pass@8', 'tokens', 'cut'];
+  const atK = [...new Set(rows.flatMap((row) => Object.keys(row)))].filter((name) => /^(pass|maj)_at_\d+$/.test(name) && rows.some((row) => isNumber(row[name])));
+  const head = ['', 'greedy', '95% interval', 'sampled', ...atK.map((name) => name.replace('_at_', '@')), 'tokens', 'cut'];
   return h('div', { class: 'scroll' }, h('table', {}, h('thead', {}, h('tr', {}, head.map((name) => h('th', {}, name)))),
     h('tbody', {}, rows.map((row) => h('tr', {}, h('td', {}, row.row), h('td', { class: 'strong' }, percent(row.greedy_accuracy)),
       h('td', {}, h('span', { class: 'range' }, `${percent(row.greedy_low)} to ${percent(row.greedy_high)}`)),
-      h('td', {}, percent(row.sampled_accuracy)), h('td', {}, percent(row.pass_at_8)), h('td', {}, fixed(row.mean_tokens, 1)),
+      h('td', {}, percent(row.sampled_accuracy)), atK.map((name) => h('td', {}, percent(row[name]))), h('td', {}, fixed(row.mean_tokens, 1)),
       h('td', {}, percent(row.cut_share, 0)))))));
 }
 
@@ -46,7 +47,7 @@ function againstSection() {
     h('p', { class: 'lead' }, `Each run’s last weights against those of ${data.runs[0].name}, on the problems that both answered.`))),
   data.against.map((one) => h('div', { class: 'panel card' }, h('h3', {}, one.headline.title), h('p', { class: 'lead' }, one.headline.detail),
     one.changes.length > 0 && h('div', { class: 'sub' }, changeTable(one.changes, (found) => found.set)),
-    h('h3', { class: 'sub' }, one.settings.length ? plural(one.settings.length, 'setting') + ' that differ' : 'No setting differs'),
+    h('h3', { class: 'sub' }, one.settings.length ? `${plural(one.settings.length, 'setting')} ${one.settings.length === 1 ? 'differs' : 'differ'}` : 'No setting differs'),
     one.settings.length > 0 && plainTable(['setting', data.runs[0].name, one.name], one.settings))));
 }
 

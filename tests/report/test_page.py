@@ -1,0 +1,137 @@
+"""The page's bytes: nothing in it can run but its own scripts, it stays small, and what can't be reported is said."""
+
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report_page import PLANTED, write_run
+from reasoner.__main__ import main
+from reasoner.errors import ConfigError, RunFolderError
+from reasoner.report.write import HERE, page, write_report
+
+UPLOT_SHA256 = "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
+
+
+def data_of(text: str) -> dict:
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return json.loads(found)
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("made") / "run"
+    write_run(run, steps=30, prompts=4, completions=4, words=40, planted=PLANTED)
+    return run
+
+
+def test_only_the_page_s_own_scripts_may_run(made_up: Path) -> None:
+    text = page([made_up]).decode()
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+    hashes = {base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts}
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert len(scripts) == 2 and hashes == set(re.findall(r"script-src (.*?);", policy.replace("&#x27;", "'"))[0]
+        .replace("'sha256-", "").replace("'", "").split())  # fmt: skip
+    assert "default-src 'none'" in policy.replace("&#x27;", "'") and "unsafe" not in policy
+    assert "planted'</" not in text.replace(json.dumps(PLANTED), ""), "a text of the run left its JSON element"
+    assert PLANTED in data_of(text)["runs"][0]["completions"]["prompts"][0]["text"]
+
+
+def test_no_script_makes_markup_from_text() -> None:
+    for path in (HERE / "page").glob("*.js"):
+        found = re.findall(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|srcdoc", path.read_text()
+        )
+        assert found == [], path
+
+
+def test_the_charting_library_is_the_published_file_with_its_licence() -> None:
+    assert hashlib.sha256((HERE / "uplot/uPlot.iife.min.js").read_bytes()).hexdigest() == UPLOT_SHA256
+    assert "MIT License" in (HERE / "uplot/LICENSE").read_text()
+
+
+def test_a_long_run_is_sampled_and_the_page_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", steps=1000, prompts=4, completions=4, words=400)
+    written = write_report([tmp_path / "run"], tmp_path / "report.html")
+    assert written.stat().st_size < 3_000_000
+    found = data_of(written.read_text())["runs"][0]["completions"]
+    assert (found["total"], found["all_steps"], found["read_steps"]) == (16_000, 1000, 60)
+    steps = {row["step"] for row in found["items"]}
+    assert len(steps) == 60 and {1, 1000} <= steps, "every step that was read has a completion, the ends too"
+    assert found["pairs"] and all(
+        pair["early"][0]["step"] < 300 < 700 < pair["late"][0]["step"] for pair in found["pairs"]
+    )
+
+
+def test_g8_a_secret_never_reaches_the_page(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "keeps them all")
+    text = page([made_up]).decode()
+    assert (
+        "keeps them all" not in text and "<redacted>" in data_of(text)["runs"][0]["completions"]["prompts"][0]["text"]
+    )
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path, made_up: Path) -> None:
+    with pytest.raises(RunFolderError, match="there is no run"):
+        write_report([tmp_path], tmp_path / "x.html")
+    with pytest.raises(ConfigError, match="different runs"):
+        write_report([made_up, made_up], tmp_path / "x.html")
+    with pytest.raises(RunFolderError, match="choose another file with to=FILE"):
+        write_report([made_up], tmp_path / "absent" / "x.html")
+
+
+def test_a_damaged_line_names_its_file(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", steps=3, prompts=2, completions=2, words=9)
+    lines = (tmp_path / "run" / "completions.jsonl").read_bytes().split(b"\n")
+    for damaged in (b"{", lines[4][:-9]):
+        (tmp_path / "run" / "completions.jsonl").write_bytes(b"\n".join([*lines[:4], damaged, *lines[5:]]))
+        with pytest.raises(RunFolderError, match=r"completions\.jsonl is damaged at byte"):
+            page([tmp_path / "run"])
+
+
+def test_a_run_that_was_killed_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", steps=3, prompts=2, completions=2, words=9)
+    for name in ("summary.json", "eval.json", "eval_problems.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    with (tmp_path / "run" / "completions.jsonl").open("a") as file:
+        file.write('{"stage": "gr')
+    (run,) = data_of(page([tmp_path / "run"]).decode())["runs"]
+    assert run["status"] == "not finished" and run["completions"]["total"] == 12
+    assert run["headline"]["title"] == "No before and after to compare"
+    (tmp_path / "run" / "completions.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (run,) = data_of(page([tmp_path / "run"]).decode())["runs"]
+    assert run["completions"]["items"] == [] and run["flags"] == []
+
+
+def test_runs_are_compared_on_the_problems_that_both_answered(tmp_path: Path, made_up: Path) -> None:
+    write_run(tmp_path / "other", steps=5, prompts=2, completions=2, words=9, problems=40)
+    (against,) = data_of(page([made_up, tmp_path / "other"]).decode())["against"]
+    assert against["changes"][0]["problems"] == 40, "those of 300 that the other run has too"
+    assert ["name", "made " + PLANTED, "made "] not in against["settings"]
+    assert {item["kind"] for item in against["problems"]["items"]} <= {"lost", "gained", "both", "neither"}
+
+
+def test_the_command_says_where_it_wrote_and_what_is_wrong(
+    tmp_path: Path, made_up: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", f"run={made_up}", f"to={tmp_path / 'r.html'}"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "r.html") and (tmp_path / "r.html").exists()
+    for arguments, said in ((["report"], "needs a run's folder"), (["report", "rnu=x"], "no key 'rnu'")):
+        assert main(arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_real_run_s_page_shows_its_tokens_and_problems(trained_run: Path) -> None:
+    (run,) = data_of((trained_run / "report.html").read_text())["runs"]
+    shaded = [row for row in run["completions"]["items"] if "shades" in row]
+    assert shaded and all("".join(piece for piece, _ in row["shades"]) == row["text"] for row in shaded)
+    assert all(logprob <= 0 for row in shaded for _, logprob in row["shades"])
+    assert run["problems"][0]["items"][0]["prompt"].endswith("=")
+    assert [row["policy_step"] for row in run["evaluations"] if row["row"] in ("base", "sft")] == [0, 150]
+    assert (
+        run["status"] == "done" and run["time"]["stages"] and any("report" not in note["text"] for note in run["notes"])
+    )
