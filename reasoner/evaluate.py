@@ -18,7 +18,6 @@ from reasoner.rewards.base import Rewards
 from reasoner.rollout.engine import Engine, Sampling
 from reasoner.types import Completion, Prompt
 
-REFILLS = 8  # rounds of sequences in one call, where the engine takes the next as one ends
 AT = (8,)  # samples of which one (pass@k) or the most frequent answer (maj@k) must be right
 MAX_ANSWER_CHARS = 100  # a longer text without a marked answer is prose, which has no vote
 MAX_CELL_CHARS = 100  # of a column that is kept with the verdicts: a level or subject, not a question
@@ -194,8 +193,8 @@ class Evaluator:
         self, engine: Engine, prompts: Sequence[Prompt], policy_step: int, progress: Callable[[str], None]
     ) -> list[ProblemResult]:
         samples = self.config.evaluate.samples
-        at_once = self.config.rollout.max_sequences * (REFILLS if engine.capabilities.continuous else 1)
-        width = max(1, at_once // max(1, samples))
+        # No more at once than fit: steps that admit new ones beside those under way run without a CUDA graph.
+        width = max(1, self.config.rollout.max_sequences // max(1, samples))
         results: list[ProblemResult] = []
         for start in range(0, len(prompts), width):
             piece = prompts[start : start + width]

@@ -47,7 +47,6 @@ class Capabilities:
     name: str
     own_weights: bool  # False: it samples from the policy's own tensors, so load_adapter copies nothing
     images: bool  # whether Prompt.images are read
-    continuous: bool  # a sequence that ended makes room for the next, so that one large call beats several
 
 
 class Engine(Protocol):

@@ -38,7 +38,7 @@ ATTENTION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 class HfEngine:
     """An `Engine` over a policy's transformers model, adapter layers included."""
 
-    capabilities = Capabilities(name="hf", own_weights=False, images=False, continuous=False)
+    capabilities = Capabilities(name="hf", own_weights=False, images=False)
 
     def __init__(self, policy: Policy, decode: Decode, *, max_context: int, max_sequences: int):
         """`max_context`: tokens of prompt and completion together; `max_sequences`: completions sampled at once."""

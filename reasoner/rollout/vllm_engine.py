@@ -51,7 +51,7 @@ DEFAULTS = {
 class VllmEngine:
     """An `Engine` over a policy with an adapter on a CUDA card."""
 
-    capabilities = Capabilities(name="vllm", own_weights=True, images=False, continuous=True)
+    capabilities = Capabilities(name="vllm", own_weights=True, images=False)
 
     def __init__(
         self,
@@ -80,6 +80,7 @@ class VllmEngine:
         self._probe: tuple[int, ...] = ()  # tokens for the canary; of the first call to generate
         self._canary: Canary | None = None
         self.reading: Reading | None = None  # what the canary last found
+        self._looked = False  # at the adapter that is loaded
         _set_environment()
         try:
             with _random_state_kept():
@@ -112,7 +113,9 @@ class VllmEngine:
             [_parameters(sampling, num, seed) for seed in seeds],
         )
         found = [[self._completion(one, policy_step) for one in output.outputs] for output in outputs]
-        self._look(prompts, found, policy_step)
+        if not self._looked:
+            self._look(prompts, found, policy_step)
+            self._looked = True
         return [several * (sampling.num_completions // num) for several in found]
 
     def _look(self, prompts: Sequence[Prompt], found: Sequence[Sequence[Completion]], policy_step: int) -> None:
@@ -142,7 +145,7 @@ class VllmEngine:
     def load_adapter(self, state: Mapping[str, Tensor], policy_step: int) -> None:
         """Copy the adapter, and forget what the cache knows of the old one."""
         self.adapter.load(state)
-        self.policy_step = policy_step
+        self.policy_step, self._looked = policy_step, False
         self._forget()
 
     def _forget(self) -> None:
