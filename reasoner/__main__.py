@@ -22,11 +22,13 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data", "reward", "report")
+VERBS = ("train", "data", "reward", "report", "eval")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
        python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
        python -m reasoner report run=RUN_FOLDER [run=OTHER ...] [to=FILE.html]    write its report, or compare runs
+       python -m reasoner eval run=RUN_FOLDER [key=value ...] measure it: checkpoints=all sets=math500 by=level
+       python -m reasoner eval run=A run=B                    compare what two runs kept; loads no model
        python -m reasoner resume=RUN_FOLDER [key=value ...]
 
   conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
@@ -58,6 +60,8 @@ def _run(arguments: list[str]) -> int:
         verb = arguments.pop(0)
         if verb not in VERBS:
             raise ConfigError(f"unknown command '{verb}'{nearest(verb, list(VERBS))}")
+    if verb in OF_RUNS and not {"--help", "-h"} & set(arguments):
+        return OF_RUNS[verb](arguments)
     overrides, flags = _sort(arguments)
     if verb == "report" and not flags:
         from reasoner.report.command import report
@@ -154,6 +158,24 @@ def _data(conf: str, overrides: list[str]) -> int:
             line.append(visible(text).encode(encoding, "replace").decode(encoding), STYLES[kind][place % 2])
         screen.print(line)
     return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    from reasoner.evaluation.request import read_request
+
+    request = read_request(arguments)
+    if request.compares:
+        from reasoner.evaluation.compare import compare
+
+        compare(request)
+    else:
+        from reasoner.evaluation.measure import measure
+
+        measure(request)
+    return 0
+
+
+OF_RUNS = {"eval": _eval}  # verbs that take a run's folder
 
 
 def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:

@@ -113,6 +113,19 @@ def newest(run: Path) -> Path:
     return found
 
 
+def whole(run: Path) -> list[Path]:
+    """A run's finished checkpoints, the oldest first. Their files are not read: `load` does, and checks them."""
+    return [path for path in reversed(_newest_first(run / CHECKPOINTS)) if (path / DONE).is_file()]
+
+
+def progress_of(path: Path) -> Progress:
+    """Where a checkpoint stands, without its tensors. Raises RunFolderError if it is not one of ours."""
+    try:
+        return Progress(**json.loads((path / STATE).read_bytes())["progress"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(f"the checkpoint {path} is not one of ours: {error}; go on from another one") from error
+
+
 def load(path: Path) -> tuple[Progress, dict[str, Tensor], Any]:
     """(progress, tensors, json_state) as saved. Raises RunFolderError if a file is missing, cut, changed or foreign."""
     if not _is_whole(path):

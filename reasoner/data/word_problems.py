@@ -55,6 +55,11 @@ def mawps(row: Mapping[str, Any]) -> dict[str, Any] | None:
     return _plain(row["input"], row["target"])
 
 
+def calc(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Rows of the Calc-X collection (its MAWPS): question and result_float."""
+    return _plain(row["question"], row["result_float"])
+
+
 def tidy(text: str) -> str:
     """The text without the spaces that these files put before punctuation."""
     return SPACE_BEFORE_MARK.sub(r"\1", text.strip())
