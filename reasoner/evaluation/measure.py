@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def _out(request: Request, config: Config) -> Path:
         return Path(request.out).expanduser()
     if not request.runs:
         return Path(config.out)
-    return request.runs[0] / "evals" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folders = (request.runs[0] / "evals" / f"{name}{suffix}" for suffix in chain([""], (f"-{n}" for n in count(2))))
+    return next(folder for folder in folders if not folder.exists())  # two may begin in one second
 
 
 def _warn_of_overlap(parts: Parts, added: set[str], console: Console) -> None:
