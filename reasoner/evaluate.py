@@ -39,6 +39,8 @@ class ProblemResult:
     sampled_right: int
     samples: int
     text: str
+    prompt: str = ""
+    answer: str = ""
     problem: str = ""
     answers: tuple[str | None, ...] = ()
     verdicts: tuple[bool, ...] = ()
@@ -234,6 +236,8 @@ class Evaluator:
                     sampled_right=sum(verdicts),
                     samples=len(verdicts),
                     text=completion.text,
+                    prompt=prompt.text,
+                    answer=prompt.answer,
                     problem=problem_hash(prompt),
                     answers=tuple(answer_of(prompt.prefill + one.text, kind) for one in drawn[i]),
                     verdicts=verdicts,

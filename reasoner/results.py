@@ -83,9 +83,8 @@ def sets_of_rows(problem_rows: Iterable[Mapping[str, Any]]) -> dict[tuple[int, s
     found: dict[tuple[int, str], dict[str, list[ProblemResult]]] = {}
     for line in problem_rows:
         sets = found.setdefault((line["stage_index"], line["row"]), {})
-        known: dict[str, Any] = {
-            name: tuple(line[name]) if isinstance(line[name], list) else line[name] for name in names
-        }
+        known: dict[str, Any] = {name: line[name] for name in names if name in line}
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         sets.setdefault(line["set"], []).append(ProblemResult(**known))
     return {
         row: {name: SetResult(name, tuple(problems)) for name, problems in sets.items()} for row, sets in found.items()

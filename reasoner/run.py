@@ -217,11 +217,7 @@ class Run:
             removed = self.parts.task.overlap_removed.get(name, 0)
             told = str(artefact) if artefact else None
             self.results.rows.append(result.row(row, stage_index, overlap_removed=removed, artefact=told, step=step))
-            asked = {
-                prompt.id: {"prompt": prompt.text, "answer": prompt.answer} for prompt in self.parts.task.sets[name]
-            }
-            rows = result.problem_rows(row, stage_index, step)
-            self.folder.append_eval_problems([one | asked[one["id"]] for one in rows])
+            self.folder.append_eval_problems(result.problem_rows(row, stage_index, step))
         self.folder.write_eval(self.results.rows)
 
     def _export(self, stage_index: int) -> None:
