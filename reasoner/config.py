@@ -230,7 +230,8 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     resume: Resume = field(default_factory=Resume)
-    tracking: tuple[Literal["wandb"], ...] = ()
+    tracking: tuple[Literal["wandb", "trackio", "tensorboard", "mlflow"], ...] = ()
+    track_completions: bool = False  # send trackers the completions of every grpo.show_every-th step too
 
 
 SECTIONS_LIKE_DATA = ("sft.data", "grpo.data", "evaluate.sets")

@@ -156,6 +156,8 @@ class Run:
         self.console.progress(row, stage.num_steps)
         for tracker in self.trackers:
             tracker.log(stage.name, row["step"], row)
+            if stage.shown and self.parts.config.track_completions:
+                tracker.table(stage.name, row["step"], stage.shown)
 
     def _save(self, stage: TrainingStage, progress: Progress) -> None:
         if world.is_main():

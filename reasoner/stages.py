@@ -21,6 +21,7 @@ class TrainingStage(Protocol):
 
     name: str
     samples: bool  # whether its steps need the engine awake
+    shown: list[dict[str, Any]]  # of the last step: rows of completions.jsonl for trackers to show
     updater: Updater
     num_rows: int
     num_steps: int
@@ -49,6 +50,7 @@ class SftStage:
 
     name = "sft"
     samples = False
+    shown: list[dict[str, Any]] = []  # noqa: RUF012 - it says nothing, ever
 
     def __init__(self, parts: Parts, stage_index: int, console: Console, folder: RunFolder):
         self.examples = parts.task.examples
@@ -83,6 +85,7 @@ class GrpoStage:
         self.updater = make_updater(parts, self.name, console, folder)
         self.trainer = make_trainer(parts, self.updater)
         self.decode = parts.task.template.decode
+        self.shown: list[dict[str, Any]] = []
         parts.policy.train_mode(dropout=False)
         if self.settings.kl_coef > 0 and not parts.policy.has_reference:
             parts.policy.freeze_reference()
@@ -97,7 +100,8 @@ class GrpoStage:
         rows = [row for judged in report.judged for row in completion_rows(judged, at)]
         show_tokens(rows, report.judged, self.decode)
         self.folder.append_completions([row for share in world.gather_over_ranks(rows) for row in share])
-        if step % self.settings.show_every == 0:
+        self.shown = rows if step % self.settings.show_every == 0 else []
+        if self.shown:
             self.console.samples(step, [judged.group for judged in report.judged])
         return report.values
 

@@ -37,6 +37,9 @@ HOMES = {
     "vllm": ["reasoner/rollout/vllm*.py"],
     "bitsandbytes": ["reasoner/models/*"],
     "wandb": ["reasoner/tracking/*"],
+    "trackio": ["reasoner/tracking/*"],
+    "tensorboard": ["reasoner/tracking/*"],
+    "mlflow": ["reasoner/tracking/*"],
 }
 ONE_FILE = ("bitsandbytes",)  # at most one of the files of its home
 
@@ -252,7 +255,19 @@ REWARD_MODULES = [
 )
 def test_light_imports_load_nothing_heavy(modules):
     """A reward process starts in a fraction of a second because no reward loads torch."""
-    heavy = ["torch", "transformers", "datasets", "peft", "hydra", "vllm", "bitsandbytes", "triton", "wandb"]
+    heavy = [
+        "torch",
+        "transformers",
+        "datasets",
+        "peft",
+        "hydra",
+        "vllm",
+        "bitsandbytes",
+        "triton",
+        "wandb",
+        "mlflow",
+        "trackio",
+    ]
     script = f"import sys, {', '.join(modules)}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

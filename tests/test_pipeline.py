@@ -49,13 +49,16 @@ def metrics(out: Path) -> list[dict]:
 
 
 def test_a_run_leaves_what_the_readme_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    result = small(tmp_path / "run", "evaluate.samples=8", "grpo.show_every=2", reward=close_enough)
+    tracking = ["tracking=[tensorboard]", "track_completions=true"]
+    result = small(tmp_path / "run", "evaluate.samples=8", "grpo.show_every=2", *tracking, reward=close_enough)
     said = capsys.readouterr().out
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         *("config.yaml", "metrics.jsonl", "completions.jsonl", "eval.json", "eval_problems.jsonl"),
-        *("checkpoints", "model", "summary.json", "report.html"),
+        *("checkpoints", "model", "summary.json", "report.html", "tensorboard"),
     }
+    tracked = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
+    assert tracked.count(b"grpo/reward_mean") == 4 and tracked.count(b"grpo/completions") >= 2
     rows = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert [row["row"] for row in rows] == ["base", "sft", "grpo", "export"]
     grpo, export = ({**row, "row": "", "stage_index": 0, "artefact": None} for row in rows[2:])

@@ -6,28 +6,37 @@ service that can't be reached, or that has no login, means the offline mode, whi
 is never asked for: a prompt would hold up the night. Left out: joining a resumed run to its earlier one there.
 """
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reasoner.errors import MissingExtra
 from reasoner.redact import Redactor
+from reasoner.tracking.values import OFF, PROJECT, first_line, numbers, table
 
-PROJECT = "reasoner"
 START_S, FINISH_S = 30, 60  # seconds that the service may take
 
 
 class WandbTracker:
     """A tracker that logs to wandb, offline if need be, and is off after the client's first error.
 
-    `client` is the wandb module, or what stands for it. Raises MissingExtra if wandb is not installed.
+    `client` is the wandb module, or what stands for it.
     """
 
-    def __init__(self, run: Path, config: Mapping[str, Any], say: Callable[[str], None], client: Any = None):
+    @staticmethod
+    def load() -> Any:
+        """wandb itself. Raises MissingExtra if it is not installed."""
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported: no telemetry
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise MissingExtra("wandb", "wandb", "tracking=[wandb]") from None
+        return wandb
+
+    def __init__(self, run: Path, config: Mapping[str, Any], say: Callable[[str], None], client: Any):
         self._say = say
-        self._client = client or _wandb()
+        self._client = client
         self._started: set[str] = set()
         self._run: Any = self._start(run, Redactor.from_environment().tree(config))
 
@@ -35,9 +44,18 @@ class WandbTracker:
         """Send the row's finite numbers as `stage/name`, over `stage/step`."""
         if self._run is None:
             return
-        values = {f"{stage}/{name}": value for name, value in row.items() if _is_number(value)}
-        done = self._try(lambda: self._send(stage, {**values, f"{stage}/step": step}), "it is off from here on")
-        if not done:
+        values = {**numbers(stage, row), f"{stage}/step": step}
+        if not self._try(lambda: self._send(stage, values), "it is off from here on"):
+            self._run = None
+
+    def table(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send completions as a table of their own."""
+        if self._run is None:
+            return
+        columns, cells = table(rows)
+        shown = self._try(lambda: self._client.Table(columns=columns, data=cells), "no table of this step")
+        values = {f"{stage}/completions": shown, f"{stage}/step": step}
+        if shown is not None and not self._try(lambda: self._send(stage, values), "it is off from here on"):
             self._run = None
 
     def close(self) -> None:
@@ -47,15 +65,14 @@ class WandbTracker:
             self._try(lambda: (run.finish(),), "its last numbers are in the run folder's wandb/, for `wandb sync`")
 
     def _start(self, run: Path, config: Mapping[str, Any]) -> Any:
-        off = "it is off; every number is in metrics.jsonl"
         if "WANDB_MODE" in os.environ:
-            return self._try(lambda: self._init(run, config, None), off)
+            return self._try(lambda: self._init(run, config, None), OFF)
         offline = f"it logs offline: `wandb sync {run / 'wandb'}/offline-*` uploads that later"
         logged_in = self._try(lambda: self._client.login(prompt=False, verify=True), offline)
         if logged_in is False:
             self._say(f"wandb: no login (see `wandb login`); {offline}")
         online = self._try(lambda: self._init(run, config, "online"), offline) if logged_in else None
-        return online or self._try(lambda: self._init(run, config, "offline"), off)
+        return online or self._try(lambda: self._init(run, config, "offline"), OFF)
 
     def _init(self, run: Path, config: Mapping[str, Any], mode: str | None) -> Any:
         settings = self._client.Settings(
@@ -89,19 +106,5 @@ class WandbTracker:
         try:
             return call()
         except Exception as error:  # noqa: BLE001 - the client raises what it likes; none of it is worth a night's training
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            self._say(f"wandb: {reason[0]}; {consequence}")
+            self._say(f"wandb: {first_line(error)}; {consequence}")
             return None
-
-
-def _wandb() -> Any:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported: no telemetry
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise MissingExtra("wandb", "wandb", "tracking=[wandb]") from None
-    return wandb
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

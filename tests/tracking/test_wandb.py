@@ -10,6 +10,7 @@ import pytest
 
 from reasoner.errors import MissingExtra
 from reasoner.tracking import make_trackers
+from reasoner.tracking.values import COLUMNS
 from reasoner.tracking.wandb import WandbTracker
 
 ROW = {"stage": "grpo", "step": 3, "reward_mean": 0.5, "kl": float("nan"), "solved": True, "note": "text", "groups": 32}
@@ -43,6 +44,10 @@ class Client:
         self.config = config
         self._maybe_fail(f"init {mode}")
         return self
+
+    def Table(self, *, columns: list, data: list) -> tuple:
+        self._maybe_fail("table")
+        return columns, data
 
     def define_metric(self, name: str, *, step_metric: str) -> None:
         self.metrics.append((name, step_metric))
@@ -111,6 +116,19 @@ def test_g4_no_start_at_all_is_off_and_said(tmp_path: Path) -> None:
     assert said[-1] == "wandb: read-only; it is off; every number is in metrics.jsonl"
 
 
+def test_completions_are_a_table_and_a_table_that_fails_costs_no_numbers(tmp_path: Path) -> None:
+    row = {**dict.fromkeys(COLUMNS, 1), "completion": "four", "parts": {"accuracy": 1.0}}
+    client, said = Client(), []
+    tracker = started(client, said, tmp_path)
+    tracker.table("grpo", 3, [row])
+    columns, cells = client.logged[0]["grpo/completions"]
+    assert columns == [*COLUMNS, "parts/accuracy"] and cells[0][columns.index("completion")] == "four"
+    client.fails["table"] = TypeError("mixed types")
+    tracker.table("grpo", 4, [row])
+    tracker.log("grpo", 4, ROW)
+    assert said == ["wandb: mixed types; no table of this step"] and len(client.logged) == 2
+
+
 def test_g4_the_user_s_mode_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     client = Client(fails={"login": AssertionError("not asked")})
@@ -174,6 +192,8 @@ from reasoner.tracking import make_trackers
 (tracker,) = make_trackers(["wandb"], Path(sys.argv[1]), config={"name": "tiny", "key": "sk-12345678"}, say=print)
 for step in (1, 2):
     tracker.log("grpo", step, {"reward_mean": 0.5 * step})
+row = dict.fromkeys(("step", "id", "prompt", "answer", "reward", "advantage", "tokens", "finish_reason"), 1)
+tracker.table("grpo", 2, [row | {"completion": "said sk-12345678", "parts": {}}])
 tracker.close()
 """
 
@@ -190,7 +210,7 @@ def test_g4_g8_the_real_client_without_network_or_login(tmp_path: Path, mode: st
     assert done.stdout.count("\n") == (0 if mode else 1)
     assert mode or "no login" in done.stdout
     (log,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"reward_mean" in log.read_bytes()
+    assert b"reward_mean" in log.read_bytes() and b"grpo/completions" in log.read_bytes()
     for path in run.rglob("*"):
         assert not path.is_file() or b"12345678" not in path.read_bytes(), path
 
