@@ -157,7 +157,14 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Unmap the cache; its contents are lost."""
-        self.llm.sleep(level=1)
+        try:
+            self.llm.sleep(level=1)
+        except AssertionError as error:
+            # The cache is unmapped by then. vLLM looks at the whole card, where a program beside us took more meanwhile.
+            if "Memory usage increased" not in str(error):
+                raise
+            executor = self.llm.llm_engine.model_executor
+            executor.sleeping_tags, executor.is_sleeping = {"weights", "kv_cache"}, True
         self._awake = self._cached = False
 
     def wake(self) -> None:
@@ -267,7 +274,7 @@ def _parameters(sampling: Sampling, num: int, seed: int) -> Any:
         logprobs=0,  # of the sampled token, and of no other
         flat_logprobs=True,
         detokenize=False,
-        seed=seed if sampling.temperature > 0 else None,
+        seed=seed,  # also for the likeliest, which draws nothing: without one vLLM draws one from numpy's state
     )
 
 
@@ -275,7 +282,7 @@ def _scoring() -> Any:
     """Asks for the logprobs of a prompt's own tokens; the one token sampled after it is not wanted."""
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, seed=0)
 
 
 def _scored(output: Any, token_ids: Sequence[int]) -> Tensor:
