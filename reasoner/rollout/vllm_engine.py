@@ -160,7 +160,7 @@ class VllmEngine:
         try:
             self.llm.sleep(level=1)
         except AssertionError as error:
-            # The cache is unmapped by then. vLLM looks at the whole card, where a program beside us took more meanwhile.
+            # The cache is unmapped by then; vLLM looks at the whole card, where a program beside us took more.
             if "Memory usage increased" not in str(error):
                 raise
             executor = self.llm.llm_engine.model_executor
