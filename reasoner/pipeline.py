@@ -28,7 +28,7 @@ from reasoner.results import Results
 from reasoner.resume import check_resume
 from reasoner.rewards.base import Rewards
 from reasoner.run import Run, Saved
-from reasoner.run_folder import CONFIG, EVAL_PROBLEMS, RunFolder, read_rows
+from reasoner.run_folder import CONFIG, EVAL, EVAL_PROBLEMS, METRICS, RunFolder, read_rows
 from reasoner.summary import notes_of, summary
 from reasoner.tracking.base import make_trackers
 
@@ -158,7 +158,8 @@ class Pipeline:
     def _report(self, folder: RunFolder, console: Console) -> None:
         """Write the page about the run. An error of ours there is told and kept, but can't make a good run a failed
         one."""
-        if not world.is_main():
+        measured = any((folder.path / name).exists() for name in (METRICS, EVAL))
+        if not world.is_main() or not measured:
             return
         try:
             write_report([folder.path], folder.path / REPORT)

@@ -57,7 +57,10 @@ def run_content(source: Source, budget: float) -> dict[str, Any]:
         "facts": _facts(source),
         "evaluations": _evaluations(source),
         "changes": changes,
-        "flags": flags(grpo, chosen.read, accuracy=practice or (whole if len(of_main) == 1 else None)) if grpo else [],
+        "flags": [
+            *(flags(grpo, chosen.read, accuracy=practice or (whole if len(of_main) == 1 else None)) if grpo else []),
+            *_remarks(source),
+        ],
         "curves": {stage: curves(source.steps(stage)) for stage in NAMES},
         "completions": _completions(chosen),
         "problems": _problems(measured, main, source, budget * FOR_PROBLEMS),
@@ -67,6 +70,21 @@ def run_content(source: Source, budget: float) -> dict[str, Any]:
         "versions": dict(summary.get("versions") or {}),
         "notes": list(summary.get("notes") or []),
     }
+
+
+def _remarks(source: Source) -> list[dict[str, str]]:
+    """What the closing table warns of or notes."""
+    titles = {"warning": "The evaluations warn", "note": "How to read the score"}
+    said = [line.split(": ", 1) for line in source.results.sentences()]
+    return [
+        {
+            "tone": "bad" if kind == "warning" else "note",
+            "title": titles[kind],
+            "text": text[0].upper() + text[1:] + ".",
+        }
+        for kind, text in said
+        if kind in titles
+    ]
 
 
 def compared(first: Source, other: Source, budget: float) -> dict[str, Any]:

@@ -124,3 +124,16 @@ def test_two_runs_are_told_apart_only_where_the_difference_is_real() -> None:
     assert comparison(change("a", "b", strong, weak))["title"] == "b is worse than a"
     assert comparison(change("a", "b", weak, answered("0" * 59 + "1" * 41)))["tone"] == "unclear"
     assert comparison(None)["tone"] == "unclear"
+
+
+def test_problems_are_the_same_by_what_they_ask_and_not_by_their_number() -> None:
+    def asked(names: str, right: str) -> SetResult:
+        pairs = zip(names, right, strict=True)
+        found = (
+            ProblemResult(str(i), one == "1", False, 1, 0, 0, "", problem=name) for i, (name, one) in enumerate(pairs)
+        )
+        return SetResult("heldout", tuple(found))
+
+    found = change("a", "b", asked("xyz", "110"), asked("zyxw", "1001"))
+    assert found is not None
+    assert (found["problems"], found["gained"], found["lost"]) == (3, 1, 2)

@@ -54,15 +54,15 @@ def test_the_charting_library_is_the_published_file_with_its_licence() -> None:
 
 
 def test_a_long_run_is_sampled_and_the_page_says_so(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", steps=1000, prompts=4, completions=4, words=400)
+    write_run(tmp_path / "run", steps=300, prompts=16, completions=4, words=400)
     written = write_report([tmp_path / "run"], tmp_path / "report.html")
     assert written.stat().st_size < 3_000_000
     found = data_of(written.read_text())["runs"][0]["completions"]
-    assert (found["total"], found["all_steps"], found["read_steps"]) == (16_000, 1000, 60)
+    assert (found["total"], found["all_steps"], found["read_steps"]) == (19_200, 300, 60)
     steps = {row["step"] for row in found["items"]}
-    assert len(steps) == 60 and {1, 1000} <= steps, "every step that was read has a completion, the ends too"
+    assert len(steps) == 60 and {1, 300} <= steps, "every step that was read has a completion, the ends too"
     assert found["pairs"] and all(
-        pair["early"][0]["step"] < 300 < 700 < pair["late"][0]["step"] for pair in found["pairs"]
+        pair["early"][0]["step"] < 100 < 200 < pair["late"][0]["step"] for pair in found["pairs"]
     )
 
 
@@ -134,4 +134,8 @@ def test_a_real_run_s_page_shows_its_tokens_and_problems(trained_run: Path) -> N
     assert [row["policy_step"] for row in run["evaluations"] if row["row"] in ("base", "sft")] == [0, 150]
     assert (
         run["status"] == "done" and run["time"]["stages"] and any("report" not in note["text"] for note in run["notes"])
+    )
+    assert run["flags"][-1]["title"] == "How to read the score"
+    assert run["flags"][-1]["text"].endswith("rows of its own."), (
+        "the best checkpoint was chosen by the test's own rows"
     )

@@ -7,6 +7,7 @@ const colour = (place) => getComputedStyle(document.documentElement).getProperty
 const shade = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const FONT = '11px system-ui, sans-serif';
 const HEIGHT = 160;
+const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)); // between steps
 
 /** An exponential mean that weighs what came before by `weight`, without the pull of its start; gaps stay gaps. */
 function smooth(values, weight) {
@@ -21,7 +22,7 @@ function smooth(values, weight) {
 }
 
 const axes = () => [
-  { stroke: () => shade('--faint'), font: FONT, grid: { show: false }, ticks: { show: false }, size: 26, space: 60, values: (_, ticks) => ticks.map(tick) },
+  { stroke: () => shade('--faint'), font: FONT, grid: { show: false }, ticks: { show: false }, size: 26, space: 60, incrs: WHOLE, values: (_, ticks) => ticks.map(tick) },
   { stroke: () => shade('--faint'), font: FONT, grid: { stroke: () => shade('--line'), width: 1 }, ticks: { show: false }, size: 48, gap: 6, space: 34 },
 ];
 

@@ -54,7 +54,7 @@ function againstSection() {
 function flagSection() {
   const all = data.runs.flatMap((run) => run.flags.map((flag) => ({ ...flag, run: run.name })));
   const practised = data.runs.some((run) => run.curves.grpo.x);
-  if (!practised) return null;
+  if (!practised && !all.length) return null;
   return h('section', { id: 'flags' }, h('div', { class: 'head' }, h('div', {}, h('h2', {}, 'What looks wrong'),
     h('p', { class: 'lead' }, 'Looked for: reward without held-out gain, one reward part rising alone, collapse of length or entropy, loops, one answer for many prompts, cut completions, groups without signal, failed rewards, a gap between engine and trainer.'))),
   h('div', { class: 'panel' }, all.length ? all.map((flag) => h('div', { class: 'flag' }, h('span', { class: `tone ${flag.tone}` }),
