@@ -22,13 +22,14 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data", "reward", "report", "eval")
+VERBS = ("train", "data", "reward", "report", "eval", "chat")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
        python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
        python -m reasoner report run=RUN_FOLDER [run=OTHER ...] [to=FILE.html]    write its report, or compare runs
        python -m reasoner eval run=RUN_FOLDER [key=value ...] measure it: checkpoints=all sets=math500 by=level
        python -m reasoner eval run=A run=B                    compare what two runs kept; loads no model
+       python -m reasoner chat run=RUN_FOLDER                 talk to what it trained
        python -m reasoner resume=RUN_FOLDER [key=value ...]
 
   conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
@@ -175,7 +176,14 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
-OF_RUNS = {"eval": _eval}  # verbs that take a run's folder
+def _chat(arguments: list[str]) -> int:
+    from reasoner.chat import chat
+
+    chat(arguments)
+    return 0
+
+
+OF_RUNS = {"eval": _eval, "chat": _chat}  # verbs that take a run's folder
 
 
 def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:

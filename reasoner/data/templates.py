@@ -146,6 +146,15 @@ class ChatTemplate(Template):
             raise DataError(f"the {self.name} rewrites this question: change the row by data.map")
         return Rendered(text, tuple({**turn, "content": self.codec.unguard(turn["content"])} for turn in messages))
 
+    def conversation(self, turns: Sequence[Message]) -> ReadyPrompt:
+        """A talk of several turns, guarded text each, that ends with a question. Templates drop earlier thoughts.
+
+        Raises ModelError if the template refuses the turns.
+        """
+        text = self._render(turns, generate=True)
+        messages = tuple({**turn, "content": self.codec.unguard(turn["content"])} for turn in turns)
+        return ReadyPrompt(self.codec.unguard(text), self.all_prompt_ids([text])[0], messages, self.prefill)
+
     def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
         from jinja2 import TemplateError
 

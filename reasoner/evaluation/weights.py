@@ -5,17 +5,31 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from reasoner import checkpoint
-from reasoner.assembly import Parts
 from reasoner.config import Config, nearest
 from reasoner.errors import ConfigError, RunFolderError
 from reasoner.models.loading import load_saved
+from reasoner.models.policy import Policy
 from reasoner.results import best_of
 from reasoner.run_folder import EVAL
 
 BASE, EXPORT, BEST, LAST, ALL = "base", "export", "best", "last", "all"
 WORDS = (BASE, EXPORT, BEST, LAST, ALL)
+
+
+class Loaded(Protocol):
+    """A model that is loaded, and by what conf."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +39,7 @@ class Weights:
 
     name: str
     policy_step: int
-    load: Callable[[Parts], None]
+    load: Callable[[Loaded], None]
     artefact: Path | None = None
 
 
@@ -83,7 +97,7 @@ def untrained() -> Weights:
     return Weights(BASE, 0, lambda parts: None)
 
 
-def load_artefact(parts: Parts, folder: Path) -> None:
+def load_artefact(parts: Loaded, folder: Path) -> None:
     """Put what `Policy.save` wrote into the policy. Raises ModelError where it is of another model."""
     if parts.config.model.lora:
         parts.policy.reload(folder)
@@ -92,5 +106,5 @@ def load_artefact(parts: Parts, folder: Path) -> None:
         parts.policy.load_state(saved.state())
 
 
-def _load_checkpoint(parts: Parts, path: Path) -> None:
+def _load_checkpoint(parts: Loaded, path: Path) -> None:
     parts.policy.load_state(checkpoint.policy_of(checkpoint.load(path)[1]))

@@ -14,7 +14,7 @@ Left out: continuous batching and paged caches (a server's business) and images.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -70,6 +70,29 @@ class HfEngine:
                 for row, its_ids, its_logprobs, n in zip(rows, ids.tolist(), logprobs.tolist(), lengths, strict=True):
                     done[row] = self._completion(its_ids[:n], its_logprobs[:n], sampling, policy_step)
         return [[done[i * num + k] for k in range(num)] for i in range(len(prompts))]
+
+    def stream(self, prompt: Prompt, sampling: Sampling, *, policy_step: int) -> Generator[int, None, None]:
+        """One completion's ids, each as soon as it is sampled; the ids that `generate` gives for the same arguments.
+
+        Raises ModelError as `generate` does. The model is in sampling mode until the iterator is through or closed.
+        """
+        assert self.policy_step in (None, policy_step), f"weights of {self.policy_step}, asked for {policy_step}"
+        check_prompts([prompt], sampling, self.max_context, self.capabilities)
+        device = self.policy.device
+        draws = uniform_draws([prompt], sampling, policy_step)[0].to(device)
+        with self._sampling_mode():
+            token_ids, mask, position = (x.to(device) for x in left_padded([prompt.token_ids], sampling.max_tokens))
+            width = token_ids.shape[1]
+            cache = DynamicCache(config=self.policy.base.config)
+            logits = self._logits(token_ids, mask[:, :width], position, cache)
+            position = position[:, -1:]
+            for t in range(sampling.max_tokens):
+                picked, _ = pick(logits, draws[t : t + 1], sampling.temperature)
+                yield int(picked)
+                if int(picked) in sampling.stop_ids or t + 1 == sampling.max_tokens:
+                    return
+                position = position + 1
+                logits = self._logits(picked[:, None], mask[:, : width + t + 1], position, cache)
 
     def load_adapter(self, state: Mapping[str, Tensor], policy_step: int) -> None:
         """The weights are the policy's own already; from now on `generate` must be asked for this step."""
