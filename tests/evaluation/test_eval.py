@@ -137,6 +137,9 @@ def test_two_runs_are_compared_from_their_files_over_the_problems_that_both_have
     assert "-6.0 points" in said and "0 gained, 3 lost, McNemar p = 0.25" in said and "can't tell" in said
     assert "test, metadata[num_terms] 2: 50 held-out problems" in said
     assert "warning: they were measured with different evaluate.max_completion_tokens: [null, 4]" in said
+    assert main(["eval", f"run={other}", f"run={trained_run}"]) == 0
+    back = capsys.readouterr().out
+    assert "heldout: 50 problems in both" in back and "+6.0 points" in back and "3 gained, 0 lost" in back
 
 
 def test_rows_of_one_run_are_compared(trained_run: Path, capsys: pytest.CaptureFixture):
