@@ -22,7 +22,7 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data", "reward", "report", "eval", "chat")
+VERBS = ("train", "data", "reward", "report", "eval", "chat", "init")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
        python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
@@ -30,6 +30,7 @@ USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner eval run=RUN_FOLDER [key=value ...] measure it: checkpoints=all sets=math500 by=level
        python -m reasoner eval run=A run=B                    compare what two runs kept; loads no model
        python -m reasoner chat run=RUN_FOLDER                 talk to what it trained
+       python -m reasoner init [DIR]                          write a conf, a reward and ten rows to begin with
        python -m reasoner resume=RUN_FOLDER [key=value ...]
 
   conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
@@ -183,7 +184,14 @@ def _chat(arguments: list[str]) -> int:
     return 0
 
 
-OF_RUNS = {"eval": _eval, "chat": _chat}  # verbs that take a run's folder
+def _init(arguments: list[str]) -> int:
+    from reasoner.init import init
+
+    init(arguments)
+    return 0
+
+
+OF_RUNS = {"eval": _eval, "chat": _chat, "init": _init}  # verbs that take a folder, not a conf
 
 
 def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:

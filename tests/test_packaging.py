@@ -26,7 +26,7 @@ def test_the_wheel_carries_every_module_conf_and_template(tmp_path):
     carried = set(zipfile.ZipFile(wheel).namelist())
     package = {
         str(path.relative_to(ROOT))
-        for kind in ("*.py", "*.jinja", "report/*/*.*")
+        for kind in ("*.py", "*.jinja", "report/*/*.*", "starter/*.*")
         for path in (ROOT / "reasoner").rglob(kind)
     }
     confs = {f"reasoner/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
@@ -34,6 +34,18 @@ def test_the_wheel_carries_every_module_conf_and_template(tmp_path):
     assert package | confs <= carried, "a folder of reasoner/ is absent from tool.setuptools.packages"
     assert not [name for name in carried if not name.startswith(("reasoner/", "reasoner_rl-"))]
     assert any(name.endswith("/licenses/LICENSE") for name in carried)
+    begins_a_project_away_from_the_checkout(wheel, tmp_path)
+
+
+def begins_a_project_away_from_the_checkout(wheel: Path, folder: Path) -> None:
+    """What is in the wheel alone writes the starter files, and the confs that theirs builds on are found."""
+    zipfile.ZipFile(wheel).extractall(folder / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(folder / "installed")}
+    for words, cwd in ((["init", "own"], folder), (["conf=mine", "--cfg", "job"], folder / "own")):
+        command = [sys.executable, "-m", "reasoner", *words]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert str(folder / "own" / "problems.csv") in done.stdout
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-gpu.txt"])
