@@ -15,6 +15,7 @@ import torch
 from reasoner.config import Config, data_of
 from reasoner.errors import ModelError, OutOfMemory
 from reasoner.grpo.batch import PackedBatch
+from reasoner.models.adapted_linear import forget
 from reasoner.models.attention import Layout
 from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
@@ -287,6 +288,7 @@ def peak_bytes(policy: Policy, lengths: list[int], *, entropy: bool) -> int | No
     except torch.OutOfMemoryError:
         return None
     finally:
+        forget()
         for weight in policy.trainable().values():
             weight.grad = None
 

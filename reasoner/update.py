@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from reasoner import world
 from reasoner.config import Optim, build
 from reasoner.errors import GuardTripped, OutOfMemory
+from reasoner.models.adapted_linear import forget
 
 Normalizer = Literal["tokens", "sequences", "constant"]
 MAX_SKIPPED = 3  # non-finite steps in a row
@@ -170,6 +171,7 @@ class Updater:
                 return self._pass(batch.split(self.tokens_per_micro_batch), loss)
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
+                forget()  # of the backward's recomputing; a forward does so itself
             # Out of the handler, so that the error no longer holds the activations of what failed.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

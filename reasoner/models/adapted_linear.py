@@ -101,16 +101,18 @@ class Siblings:
         self.layers = tuple(layers)
         self.frozen = Frozen(weight, state, rows, tuple(cast(Tensor | None, base.bias) for base in bases))
         self._rounded: tuple[Any, Tensor, list[Tensor]] | None = None
-        self._waiting: tuple[Tensor, dict[int, Tensor]] | None = None  # an input, and outputs not yet asked for
+        self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None  # an input, and outputs not yet asked for
 
     def take(self, layer: "AdaptedLinear", x: Tensor) -> Tensor:
         """The layer's output."""
-        if self._waiting is None or self._waiting[0] is not x or id(layer) not in self._waiting[1]:
+        if self.waiting is None or self.waiting[0] is not x or id(layer) not in self.waiting[1]:
             outputs = self._compute(x)
-            self._waiting = (x, {id(one): out for one, out in zip(self.layers, outputs, strict=True)})
-        found = self._waiting[1].pop(id(layer))
-        if not self._waiting[1]:
-            self._waiting = None
+            self.waiting = (x, {id(one): out for one, out in zip(self.layers, outputs, strict=True)})
+            _unfinished.add(self)
+        found = self.waiting[1].pop(id(layer))
+        if not self.waiting[1]:
+            self.waiting = None
+            _unfinished.discard(self)
         return found
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -131,6 +133,15 @@ class Siblings:
                 a = masters[0][0] if len(masters) == 1 else torch.cat([one for one, _ in masters])
                 self._rounded = (key, a.to(dtype), [one.to(dtype) for _, one in masters])
         return self._rounded[1], self._rounded[2]
+
+
+_unfinished: set[Siblings] = set()  # those with outputs that nobody took yet
+
+
+def forget() -> None:
+    """Drop what waits, with the graph behind it: after a pass that an error ended between siblings."""
+    while _unfinished:
+        _unfinished.pop().waiting = None
 
 
 class AdaptedLinear(PeftLinear):

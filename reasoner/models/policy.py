@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from reasoner.errors import ModelError
 from reasoner.kernels.linear_logprobs import Logprobs, linear_logprobs
 from reasoner.models import adapters
-from reasoner.models.adapted_linear import join
+from reasoner.models.adapted_linear import forget, join
 from reasoner.models.attention import Layout
 from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import Family
@@ -115,7 +115,10 @@ class Policy:
         assert bool((batch.layout.positions[targets] > 0).all()), (
             "a sequence's first token has nothing before it to predict it"
         )
-        hidden = self._hidden(batch.token_ids, batch.layout)
+        try:
+            hidden = self._hidden(batch.token_ids, batch.layout)
+        finally:
+            forget()
         found = linear_logprobs(
             hidden.index_select(0, targets - 1),
             self.head_weight,

@@ -1,6 +1,8 @@
 """Our LoRA layer is peft's, forward and backward, over plain and NF4 bases."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from reasoner import config
-from reasoner.models import adapters, base_model
+from reasoner.memory import peak_bytes
+from reasoner.models import adapted_linear, adapters, base_model
 from reasoner.models.adapted_linear import Adapted, AdaptedLinear, Frozen
 from reasoner.models.families import family_of
+from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
 from tests.models.tiny_models import TARGETS, fill_b, gradients, make_batch, make_model
 
@@ -153,3 +157,30 @@ def test_switched_off_it_is_the_base() -> None:
     with ours.model.disable_adapter(), torch.no_grad():
         without = ours.logprobs(make_batch(), temperature=1.0).logprobs
     assert (with_adapter - without).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_pass_that_ran_out_of_memory_between_siblings_leaves_nothing(recomputes: bool) -> None:
+    """The activation between gate and up is the largest allocation of a layer: that is where it happens."""
+    ours, _ = twins(torch.float32, nf4=False)
+    if recomputes:
+        recompute_layers(ours.base, "tiny")
+    ours.train_mode(dropout=False)
+    mlp = ours.model.get_submodule("base_model.model.model.layers.1.mlp")
+    first: list[weakref.ref[Tensor]] = []
+    ours.model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(
+        lambda module, given, out: first.append(weakref.ref(out))
+    )
+    calm, calls = mlp.act_fn, []
+
+    class Full(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            if len(calls) == 1 + recomputes:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return calm(x)
+
+    mlp.act_fn = Full()
+    assert peak_bytes(ours, [8, 8], entropy=False) is None and len(calls) == 1 + recomputes
+    gc.collect()
+    assert all(one() is None for one in first) and not adapted_linear._unfinished
