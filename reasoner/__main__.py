@@ -22,7 +22,7 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data", "reward", "report", "eval", "chat", "init")
+VERBS = ("train", "data", "reward", "report", "eval", "chat", "export", "init")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
        python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
@@ -31,6 +31,7 @@ USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner eval run=A run=B                    compare what two runs kept; loads no model
        python -m reasoner chat run=RUN_FOLDER                 talk to what it trained
        python -m reasoner init [DIR]                          write a conf, a reward and ten rows to begin with
+       python -m reasoner export run=RUN_FOLDER to=adapter|merged   what it trained as files for other programs, checked
        python -m reasoner resume=RUN_FOLDER [key=value ...]
 
   conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
@@ -191,7 +192,17 @@ def _init(arguments: list[str]) -> int:
     return 0
 
 
-OF_RUNS = {"eval": _eval, "chat": _chat, "init": _init}  # verbs that take a folder, not a conf
+def _export(arguments: list[str]) -> int:
+    from reasoner.export.request import read_request
+
+    request = read_request(arguments)
+    from reasoner.export.command import export
+
+    export(request)
+    return 0
+
+
+OF_RUNS = {"eval": _eval, "chat": _chat, "export": _export, "init": _init}  # verbs that take a folder, not a conf
 
 
 def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:

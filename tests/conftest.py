@@ -31,3 +31,14 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "run"
     train("tiny", overrides=[*SUMS, f"out={out}"])
     return out
+
+
+@pytest.fixture(scope="session")
+def adapted_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that trained an adapter for a few steps on what `trained_run` saved. To be read only."""
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    lora = "model.lora={r: 4, alpha: 16, targets: [q_proj, v_proj, down_proj]}"
+    base = ["model.scratch=null", f"model.name={trained_run / 'model'}", lora]
+    steps = ["stages=[sft,export]", "sft.steps=12", "sft.optim.lr=3e-2", "checkpoint.keep=2", "checkpoint.every=6"]
+    train("tiny", overrides=[*SUMS, *base, *steps, f"out={out}"])
+    return out

@@ -6,13 +6,14 @@ pickled files, which are never opened.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
+from reasoner.errors import ModelError
 from reasoner.models import nf4
 from reasoner.models.sources import Source
 
@@ -42,6 +43,31 @@ def read(source: Source) -> Iterator[tuple[str, "Tensor | nf4.Packed"]]:
                     yield text_name(name), nf4.read_packed(name, file.get_tensor(name), _companions(name, place))
                 elif f"{name.rpartition('.weight.')[0]}.weight" not in packed:
                     yield text_name(name), file.get_tensor(name)
+
+
+def matrices(source: Source) -> Callable[[str], Tensor]:
+    """The weight of a module of the text model by the module's name, read when it is asked for, on the CPU.
+
+    Raises ModelError if the files hold it quantized, or not at all.
+    """
+    place: dict[str, tuple[Path, str]] = {}
+    for path in _files(_folder(source)):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            place |= {text_name(name): (path, name) for name in sorted(file.keys())}
+
+    def matrix(module: str) -> Tensor:
+        path, name = place.get(f"{module}.weight", (None, ""))
+        if path is None:
+            raise ModelError(f"{source.path} holds no weight of {module}")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            value = file.get_tensor(name)
+        if not value.is_floating_point():
+            raise ModelError(
+                f"{source.path} is quantized itself, so there is no 16-bit original: leave out base=original"
+            )
+        return value
+
+    return matrix
 
 
 def _companions(name: str, place: Mapping[str, Path]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ don't know. Left out: reading the weights (weights.py) and code from a model's r
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -89,6 +89,18 @@ def load_saved(
     sources.check_model(model)
     base, buffers, family, revision = _load_base(model, tokenizer, _place(device))
     return Policy(adapters.load(base, folder), family, revision=revision, weights=buffers)
+
+
+def load_merged(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, *, dtype: Literal["float32", "bfloat16"], device: torch.device
+) -> Policy:
+    """A model folder as a policy that is scored and not trained, in `dtype` also where every weight would be trained.
+
+    Raises ModelError if it can't be read or lacks a weight.
+    """
+    saved = config.Model(name=str(folder), dtype=dtype)
+    base, _, family, _ = _load_base(saved, tokenizer, device)
+    return Policy(base, family, revision=None)
 
 
 def _place(device: torch.device | str | None) -> torch.device:

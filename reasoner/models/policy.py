@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reasoner.errors import ModelError
@@ -24,6 +24,7 @@ from reasoner.models import adapters
 from reasoner.models.adapted_linear import forget, join
 from reasoner.models.attention import Layout
 from reasoner.models.base_weights import BaseWeights
+from reasoner.models.beside import save_beside
 from reasoner.models.families import Family
 from reasoner.models.weights import quiet
 
@@ -237,14 +238,7 @@ class Policy:
         else:
             with quiet():
                 self.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # Ids alone: the checkpoint's sampling defaults (a repetition penalty, a top-k) are not what we trained or
-        # scored.
-        GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=list(stop_ids) or tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ).save_pretrained(folder)
+        save_beside(folder, tokenizer, stop_ids)
 
     def reload(self, folder: Path) -> None:
         """Take the adapter's weights back from the files that `save` wrote. Raises ModelError if they are another's."""

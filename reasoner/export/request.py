@@ -1,0 +1,87 @@
+"""What `python -m reasoner export` is asked for, read from its arguments. Other keys override the run's conf."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reasoner.config import nearest
+from reasoner.errors import ConfigError, RunFolderError
+from reasoner.run_folder import CONFIG
+
+USAGE = "export run=DIR to=adapter|merged [checkpoint=NAME] [out=DIR]"
+ADAPTER, MERGED = "adapter", "merged"
+CHOICES = {
+    "to": (ADAPTER, MERGED),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "base": ("trained", "original"),
+    "verify": ("true", "false"),
+}
+OWN = ("run", "checkpoint", "out", "problems", *CHOICES)
+PROBLEMS = 100  # answered of each held-out set, by the policy and by the artefact
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of the verb.
+
+    >>> read_request(["run=outputs/a", "to=merged", "dtype=float32"])
+    Request(run=Path("outputs/a"), to="merged", out=Path("outputs/a/exports/merged"), dtype="float32", ...)
+    """
+
+    run: Path
+    to: str
+    out: Path
+    checkpoint: str | None = None
+    dtype: str = "auto"  # of to=merged; auto: bfloat16 for a merged adapter, float32 for a model trained whole
+    original: bool = False  # merge into the base as it was before NF4
+    verify: bool = True
+    problems: int = PROBLEMS
+    overrides: tuple[str, ...] = ()
+
+
+def read_request(arguments: Sequence[str]) -> Request:
+    """The request, checked as far as it can be without a model. Raises ConfigError, RunFolderError."""
+    own: dict[str, str] = {}
+    overrides: list[str] = []
+    for argument in arguments:
+        key, sign, value = argument.partition("=")
+        if argument.startswith("-") or not sign:
+            raise ConfigError(f"'{argument}' is no key=value: {USAGE}")
+        if key not in OWN:
+            overrides.append(argument)
+        elif not value:
+            raise ConfigError(f"{key}= is empty: give {key}=VALUE")
+        else:
+            own[key] = value
+    for key in ("run", "to"):
+        if key not in own:
+            raise ConfigError(f"{key}= is missing: {USAGE}")
+    for key, there in CHOICES.items():
+        if key in own and own[key] not in there:
+            raise ConfigError(f"{key}={own[key]} is unknown{nearest(own[key], list(there))}")
+    if not own.get("problems", "1").isdigit() or own.get("problems") == "0":
+        raise ConfigError(f"problems={own['problems']}: give how many held-out problems to answer, 1 or more")
+    if own["to"] == ADAPTER and {"dtype", "base"} & own.keys():
+        raise ConfigError("dtype= and base= are of to=merged: an adapter keeps its float32 and any base")
+    run = Path(own["run"]).expanduser()
+    if not (run / CONFIG).is_file():
+        raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
+    return Request(
+        run=run,
+        to=own["to"],
+        out=_out(own, run),
+        checkpoint=own.get("checkpoint"),
+        dtype=own.get("dtype", "auto"),
+        original=own.get("base") == "original",
+        verify=own.get("verify") != "false",
+        problems=int(own.get("problems", PROBLEMS)),
+        overrides=tuple(overrides),
+    )
+
+
+def _out(own: dict[str, str], run: Path) -> Path:
+    chosen = f"-{own['checkpoint']}" if "checkpoint" in own else ""
+    out = Path(own["out"]).expanduser() if "out" in own else run / "exports" / f"{own['to']}{chosen}"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")
+    return out
