@@ -102,7 +102,7 @@ def best_of(rows: Iterable[Mapping[str, Any]], stage_index: int) -> Best | None:
         return None
 
     def mean(step: int, key: str) -> float:
-        return sum(row[key] or 0.0 for row in by_step[step]) / len(by_step[step])
+        return sum(row.get(key) or 0.0 for row in by_step[step]) / len(by_step[step])
 
     step = max(by_step, key=lambda step: (mean(step, "greedy_accuracy"), mean(step, "sampled_accuracy"), -step))
     chosen = by_step[step]

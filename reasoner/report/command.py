@@ -14,7 +14,7 @@ def report(settings: Sequence[str]) -> Path:
     """Write the report of one run into its folder, or the comparison of several into the working directory, or either
     to `to`; returns the file.
 
-    Raises ConfigError for another key or no run; see write_report.
+    Raises ConfigError for another key, an empty value or no run; see write_report.
     """
     runs: list[Path] = []
     to: Path | None = None
@@ -22,6 +22,8 @@ def report(settings: Sequence[str]) -> Path:
         key, _, value = setting.partition("=")
         if key not in KEYS:
             raise ConfigError(f"report has no key '{key}'{nearest(key, list(KEYS))}: it takes run=DIR and to=FILE")
+        if not value:
+            raise ConfigError(f"{key}= is empty: give {key}={'DIR' if key == 'run' else 'FILE'}")
         if key == "run":
             runs.append(Path(value).expanduser())
         else:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,65 @@ def test_a_damaged_line_names_its_file(tmp_path: Path) -> None:
             page([tmp_path / "run"])
 
 
+DAMAGED = [
+    ("config.yaml", b"a: [1,\n b", r"config\.yaml is damaged \(line 2: expected.*mend it"),
+    ("config.yaml", b"", r"config\.yaml is damaged \(no settings by name in it\)"),
+    ("config.yaml", b"- 1", r"config\.yaml is damaged \(no settings by name in it\)"),
+    ("config.yaml", b"model: smol", r"config\.yaml is damaged \(no settings by name under model\)"),
+    ("config.yaml", b"name: \xff", r"config\.yaml is damaged \(unacceptable character"),
+    ("config.yaml", b"day: 2026-99-99", r"config\.yaml is damaged \(month"),
+    ("summary.json", b"[]", r"summary\.json is damaged \(a list in place of a dict\): delete it"),
+    ("eval.json", b"{}", r"eval\.json is damaged \(a dict in place of a list\): delete it"),
+    ("eval.json", b'[{"row": "x"}]', r"eval\.json is damaged \(row 1 has no stage_index\): delete it"),
+    ("eval.json", b"[3]", r"eval\.json is damaged \(row 1 has no keys\)"),
+    (
+        "metrics.jsonl",
+        b'{"stage": "grpo", "stage_index": 1, "step": "1"}\n',
+        r"metrics\.jsonl .*row 1 has a wrong step",
+    ),
+    ("eval_problems.jsonl", b'{"row": "x", "stage_index": 0, "set": "s", "id": "a"}\n', r"row 1 has no right\)"),
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("small") / "run"
+    write_run(run, steps=3, prompts=2, completions=2, words=9)
+    return run
+
+
+@pytest.mark.parametrize(("name", "held", "said"), DAMAGED)
+def test_a_damaged_file_is_one_line_and_its_remedy_works(
+    tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str], name: str, held: bytes, said: str
+) -> None:
+    run = shutil.copytree(small, tmp_path / "run")
+    (run / name).write_bytes(held)
+    assert main(["report", f"run={run}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
+    if name == "config.yaml":
+        (run / name).write_text("{}")
+    else:
+        (run / name).unlink()
+    assert main(["report", f"run={run}"]) == 0
+
+
+def test_a_run_from_before_a_key_existed_has_its_page(tmp_path: Path, small: Path) -> None:
+    """Rows of the first day: no hash of a problem, no prompt, no samples' answers, no interval."""
+    run = shutil.copytree(small, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "eval_problems.jsonl").read_text().splitlines()]
+    old = ("row", "stage_index", "set", "id", "right", "cut", "tokens", "sampled_right", "samples", "text")
+    with (run / "eval_problems.jsonl").open("w") as file:
+        file.writelines(json.dumps({key: line[key] for key in old}) + "\n" for line in lines)
+    rows = json.loads((run / "eval.json").read_text())
+    rows = [{key: row[key] for key in ("row", "stage_index", "set", "greedy_accuracy")} for row in rows]
+    (run / "eval.json").write_text(json.dumps([*rows, {**rows[-1], "step": 2}]))
+    (now,) = data_of(page([small]).decode())["runs"]
+    (then,) = data_of(page([run]).decode())["runs"]
+    assert then["changes"] == now["changes"] != []
+    assert then["problems"][0]["items"][0]["prompt"] is None
+
+
 def test_a_run_that_was_killed_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
     write_run(tmp_path / "run", steps=3, prompts=2, completions=2, words=9)
     for name in ("summary.json", "eval.json", "eval_problems.jsonl"):
@@ -120,8 +180,14 @@ def test_the_command_says_where_it_wrote_and_what_is_wrong(
 ) -> None:
     assert main(["report", f"run={made_up}", f"to={tmp_path / 'r.html'}"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "r.html") and (tmp_path / "r.html").exists()
-    for arguments, said in ((["report"], "needs a run's folder"), (["report", "rnu=x"], "no key 'rnu'")):
-        assert main(arguments) == 2
+    wrong = [
+        ([], "needs a run's folder"),
+        (["rnu=x"], "no key 'rnu'"),
+        (["run="], "run= is empty: give run=DIR"),
+        ([f"run={made_up}", "to="], "to= is empty: give to=FILE"),
+    ]
+    for arguments, said in wrong:
+        assert main(["report", *arguments]) == 2
         assert said in capsys.readouterr().err
 
 
