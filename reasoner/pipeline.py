@@ -30,7 +30,7 @@ from reasoner.rewards.base import Rewards
 from reasoner.run import Run, Saved
 from reasoner.run_folder import CONFIG, EVAL, EVAL_PROBLEMS, METRICS, RunFolder, read_rows
 from reasoner.summary import notes_of, summary
-from reasoner.tracking.base import make_trackers
+from reasoner.tracking import close_all, make_trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,7 @@ class Pipeline:
         trackers = make_trackers(self.config.tracking, folder.path, config=plain(asdict(self.config)), say=console.say)
         run = Run(parts, folder, console, trackers, results, facts["stages"])
         with ExitStack() as closing:  # each, whatever another one raises
-            for tracker in trackers:
-                closing.callback(tracker.close)
+            closing.callback(close_all, trackers)
             closing.callback(parts.rewards.close)
             try:
                 run.go_through(saved)

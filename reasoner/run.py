@@ -53,7 +53,7 @@ class Run:
     parts: Parts
     folder: RunFolder
     console: Console
-    trackers: list[Tracker]
+    trackers: Sequence[Tracker]
     results: Results
     stage_seconds: list[dict[str, Any]]  # grows by a row a finished stage
     policy_step: int = 0  # updates of the policy so far, over all stages

@@ -45,11 +45,11 @@ TRACKERS = {
 
 def make_trackers(
     names: Sequence[str], run: Path, *, config: Mapping[str, Any], say: Callable[[str], None]
-) -> list[Tracker]:
+) -> list[Background]:
     """The trackers of config.tracking, begun; none on ranks other than the main one.
 
     `config` is the resolved one, shown beside the numbers without secrets; `say` takes the line for a service that
-    fails. Raises MissingExtra if a tracker's package is not installed.
+    fails; close_all ends them. Raises MissingExtra if a tracker's package is not installed.
     """
     if not world.is_main():
         return []
@@ -59,7 +59,7 @@ def make_trackers(
 
 def _begin(
     name: str, run: Path, config: Mapping[str, Any], redactor: Redactor, say: Callable[[str], None]
-) -> Tracker | None:
+) -> Background | None:
     kind = TRACKERS[name]
     try:
         client = kind.load()

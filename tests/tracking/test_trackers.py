@@ -13,7 +13,7 @@ import pytest
 
 from reasoner.errors import MissingExtra
 from reasoner.tracking import background, make_trackers
-from reasoner.tracking.background import Background
+from reasoner.tracking.background import Background, close_all
 from reasoner.tracking.base import TRACKERS
 from reasoner.tracking.values import numbers, table
 
@@ -26,7 +26,7 @@ COMPLETION = {
 class Service:
     """A tracker that records what it is told, after `wait`, and fails where it is told to."""
 
-    def __init__(self, fails: Mapping[str, Exception] | None = None, wait: threading.Event | None = None):
+    def __init__(self, fails: Mapping[str, BaseException] | None = None, wait: threading.Event | None = None):
         self.fails, self.wait, self.told = dict(fails or {}), wait, []
 
     def _do(self, name: str, *what: Any) -> None:
@@ -46,7 +46,7 @@ class Service:
         self._do("close")
 
 
-def broken(error: Exception) -> Any:
+def broken(error: BaseException) -> Any:
     raise error
 
 
@@ -66,6 +66,7 @@ def test_work_is_done_in_order_and_finished_by_close() -> None:
     [
         ({"log": RuntimeError("socket closed\nand more")}, "x: socket closed; it is off from here on"),
         ({"table": ValueError()}, "x: ValueError; it is off from here on"),
+        ({"log": SystemExit(1)}, "x: its client raised SystemExit(1); it is off from here on"),
         ({"close": TimeoutError("late")}, "x: late; its last numbers may be missing there; metrics.jsonl has all"),
     ],
 )
@@ -79,12 +80,16 @@ def test_g4_any_error_is_one_line_and_the_rest_is_dropped(fails: dict, said: str
     assert heard == [said]
 
 
-def test_g4_a_service_that_does_not_start_is_off() -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ConnectionError("unreachable"), "unreachable"), (SystemExit("no key"), "its client raised SystemExit('no key')")],
+)
+def test_g4_a_service_that_does_not_start_is_off(error: BaseException, said: str) -> None:
     heard: list[str] = []
-    tracker = Background("x", lambda say: broken(ConnectionError("unreachable")), heard.append)
+    tracker = Background("x", lambda say: broken(error), heard.append)
     tracker.log("grpo", 1, {})
     tracker.close()
-    assert heard == ["x: unreachable; it is off; every number is in metrics.jsonl"]
+    assert heard == [f"x: {said}; it is off; every number is in metrics.jsonl"]
 
 
 def test_g4_a_slow_service_never_holds_a_run_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +103,32 @@ def test_g4_a_slow_service_never_holds_a_run_up(monkeypatch: pytest.MonkeyPatch)
     tracker.close()
     stuck.set()
     assert "rows were left out" in heard[0] and "it is left behind" in heard[-1] and len(heard) == 2
+
+
+def test_g4_services_finish_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one can finish only once the second one does."""
+    monkeypatch.setattr(background, "CLOSE_S", 10.0)
+    second_ended, heard = threading.Event(), []
+
+    class Second(Service):
+        def close(self) -> None:
+            second_ended.set()
+
+    first = Background("first", lambda say: Service(wait=second_ended), heard.append)
+    close_all([first, Background("second", lambda say: Second(), heard.append)])
+    assert heard == []
+
+
+def test_g4_services_that_hang_share_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "CLOSE_S", 0.2)
+    stuck, heard, waits = threading.Event(), [], []
+    trackers = [Background(name, lambda say: Service(wait=stuck), heard.append) for name in "abc"]
+    join = threading.Thread.join
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, s: (waits.append(s), join(thread, s)))
+    close_all(trackers)
+    stuck.set()
+    assert waits == pytest.approx([0.2, 0.0, 0.0], abs=0.05)
+    assert [line.split(" ")[0] for line in heard if "left behind" in line] == ["a:", "b:", "c:"]
 
 
 def test_what_a_service_says_is_said_by_the_run_s_own_thread() -> None:
@@ -141,7 +172,7 @@ def test_names_and_tables() -> None:
 REAL = """
 import json, sys
 from pathlib import Path
-from reasoner.tracking import make_trackers
+from reasoner.tracking import close_all, make_trackers
 
 def main():
     names, out = sys.argv[1].split(","), Path(sys.argv[2])
@@ -152,8 +183,7 @@ def main():
         for step in (1, 2):
             tracker.log("grpo", step, {"reward_mean": 0.5 * step, "kl": float("nan")})
         tracker.table("grpo", 2, [json.loads(sys.argv[3]) | {"completion": "said sk-12345678"}])
-    for tracker in trackers:
-        tracker.close()
+    close_all(trackers)
     print(json.dumps(said))
 
 main()
