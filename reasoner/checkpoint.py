@@ -147,13 +147,22 @@ def policy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def bring(source: Path, run: Path, name: str) -> None:
     """Copy the checkpoint `name` of the run `source` into `run`, whole or not at all, unless it is there.
 
-    Raises RunFolderError if the disk refuses.
+    Raises RunFolderError if `source` has no whole one, or if the disk refuses.
     """
     final, temporary = run / CHECKPOINTS / name, run / CHECKPOINTS / f".{name}.tmp"
-    if final.exists() or not (source / CHECKPOINTS / name).is_dir():
+    if _is_whole(final):
         return
+    folder = source / CHECKPOINTS
+    found = next((path for path in (folder / name, folder / f"{name}.replaced") if _is_whole(path)), None)
+    if found is None:
+        raise RunFolderError(
+            f"resume={source}: going on needs its best checkpoint so far, {folder / name}, and a file of it is missing, "
+            "cut or changed: put it back, or start a new run with out=OTHER"
+        )
     try:
-        shutil.copytree(source / CHECKPOINTS / name, temporary)
+        for leftover in (temporary, final):  # of a copy that was killed; damaged
+            _remove(leftover)
+        shutil.copytree(found, temporary)
         for path in temporary.iterdir():
             disk.sync(path)
         temporary.rename(final)

@@ -147,9 +147,12 @@ class Pipeline:
         console.say(f"going on from {saved.progress.name}")
         problems = folder.path / EVAL_PROBLEMS
         results = Results.from_files(folder.eval_rows(), read_rows(problems) if problems.exists() else ())
-        if self.config.grpo.eval_every and world.is_main():
-            best = results.best(saved.progress.stage_index)  # of those before this checkpoint, which may be it too
-            for name in {saved.progress.name, best.name} if best else {saved.progress.name}:
+        if world.is_main():
+            best = results.best(saved.progress.stage_index)  # of those before this checkpoint
+            needed = {best.name} if best else set()  # the stage ends with it, whatever eval_every is now
+            if self.config.grpo.eval_every:  # this one may be measured too, and be the best
+                needed.add(saved.progress.name)
+            for name in needed:
                 checkpoint.bring(source, folder.path, name)
         world.barrier()
         return results

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from reasoner import train
-from reasoner.errors import ConfigError
+from reasoner.errors import ConfigError, RunFolderError
 from reasoner.results import Results, best_of
 from tests.test_pipeline import metrics, weights
 
@@ -109,9 +109,31 @@ def test_g6_a_resumed_run_measures_and_chooses_as_the_unbroken_one(whole: Path, 
     assert best and (out / "checkpoints" / best.name).is_dir(), "also where the run goes on in another folder"
 
 
-def test_measuring_on_the_way_changes_no_step(whole: Path, trained_run: Path, tmp_path: Path):
-    train(str(whole / "config.yaml"), overrides=[f"out={tmp_path / 'run'}", "grpo.eval_every=null", "stages=[grpo]"])
+def killed(whole: Path, folder: Path, *, kept: set[int]) -> list[str]:
+    """A copy of the run that has the checkpoints of these steps alone; the overrides that go on from it elsewhere."""
+    shutil.copytree(whole, folder / "killed")
+    for path in (folder / "killed" / "checkpoints").iterdir():
+        if int(path.name[-6:]) not in kept:
+            shutil.rmtree(path)
+    return [f"resume={folder / 'killed'}", f"out={folder / 'run'}", "grpo.eval_every=null"]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_measuring_on_the_way_changes_no_step(whole: Path, tmp_path: Path, step: int):
+    """Gone on with unmeasured, in another folder; what was measured before still chooses what the stage ends with."""
+    going_on = killed(whole, tmp_path, kept=set(range(step + 1)))
+    train(str(whole / "config.yaml"), overrides=going_on)
     assert metrics(tmp_path / "run") == metrics(whole)
+    best = best_of(eval_rows(tmp_path / "run"), 0)
+    assert (best.name if best else None) == (None if step == 0 else "00-grpo-000000")
+    assert (tmp_path / "run" / "checkpoints" / "00-grpo-000000").is_dir() is (step > 0)
+
+
+def test_going_on_without_the_best_checkpoint_is_refused_at_once(whole: Path, tmp_path: Path):
+    going_on = killed(whole, tmp_path, kept={1})
+    with pytest.raises(RunFolderError, match=f"resume={tmp_path / 'killed'}: going on needs its best .*00-grpo-000000"):
+        train(str(whole / "config.yaml"), overrides=going_on)
+    assert metrics(tmp_path / "run") == metrics(whole)[:1], "no step was trained"
 
 
 def test_a_set_may_not_take_the_name_of_the_rows_that_choose(whole: Path, tmp_path: Path):
