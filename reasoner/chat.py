@@ -7,9 +7,10 @@ page (serve is for other programs).
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +24,7 @@ from reasoner.compose import compose_conf
 from reasoner.config import Config, Data, Optim, data_of, validate
 from reasoner.console import score_line, visible
 from reasoner.data.templates import END_THINK, THINK, ChatTemplate, Template, make_template
-from reasoner.errors import ConfigError, InputError, RunFolderError
+from reasoner.errors import ConfigError, InputError, ModelError, RunFolderError
 from reasoner.evaluation.weights import BASE, weights_of
 from reasoner.models.loading import load_model, load_tokenizer
 from reasoner.models.policy import Policy
@@ -34,6 +35,7 @@ from reasoner.rollout.engine import Sampling
 from reasoner.rollout.hf import HfEngine
 from reasoner.run_folder import CONFIG
 from reasoner.types import Completion, Message, Prompt
+from reasoner.words import plural
 
 OWN = ("run", "checkpoint", "temperature", "max_tokens")
 HELP = """  /both            base and trained answer side by side; again: the trained one alone
@@ -82,24 +84,32 @@ def chat(arguments: Sequence[str], *, lines: Iterable[str] | None = None, stream
     overrides = [line for line in arguments if line.split("=")[0] not in OWN]
     if not own.get("run"):
         raise ConfigError("chat run=DIR [checkpoint=NAME] [temperature=0] [max_tokens=N]: name a run's folder")
-    temperature, max_tokens = _number(own, "temperature", 0.0), int(_number(own, "max_tokens", 0))
+    temperature, max_tokens = _temperature(own.get("temperature", "0")), _max_tokens(own.get("max_tokens"))
     model = open_model(Path(own["run"]).expanduser(), own.get("checkpoint"), overrides)
     limit = max_tokens or model.config.evaluate.max_completion_tokens or model.config.grpo.max_completion_tokens
     sampling = Sampling(temperature, limit, 1, model.stop_ids, model.config.seed)
     Chat(model, sampling, stream or sys.stdout).run(_typed() if lines is None else lines)
 
 
-def _number(own: Mapping[str, str], key: str, default: float) -> float:
+def _temperature(text: str) -> float:
     try:
-        value = float(own.get(key, default))
+        value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise ConfigError(f"{key}={own[key]}: give a number from 0 on")
+        raise ConfigError(f"temperature={text}: give a number from 0 on")
     return value
 
 
+def _max_tokens(text: str | None) -> int | None:
+    if text is not None and not (text.isdecimal() and int(text) > 0):
+        raise ConfigError(f"max_tokens={text}: give a whole number from 1 on")
+    return int(text) if text else None
+
+
 def _typed() -> Iterator[str]:
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text in its encoding are no reason to end
     while True:
         try:
             yield input("> ")
@@ -120,7 +130,7 @@ def open_model(run: Path, checkpoint: str | None, overrides: Sequence[str]) -> M
         sft=replace(config.sft, optim=Optim()),
         grpo=replace(config.grpo, optim=Optim()),
     )
-    chosen = weights_of(run, config, (BASE, checkpoint) if checkpoint else ())
+    chosen = weights_of(run, config, (BASE, checkpoint) if checkpoint else (), key="checkpoint")
     check_before_loading(config)
     data = data_of(config, config.grpo.data, "grpo.data")
     tokenizer = load_tokenizer(config.model)
@@ -227,6 +237,13 @@ class Chat:
                     turns.append({"role": "assistant", "content": answer})
             turns.append({"role": "user", "content": asked})
             ready = template.conversation([{**turn, "content": template.guard(turn["content"])} for turn in turns])
+        num_tokens, limit = len(ready.token_ids), model.engine.max_context
+        if num_tokens + self.sampling.max_tokens > limit:
+            raise ModelError(
+                f"the question, with what goes along of the talk, has {plural(num_tokens, 'token')} and its answer may "
+                f"have {self.sampling.max_tokens:,}, together more than the model's context of {limit:,}: type /new to "
+                "forget what was said, ask a shorter question, or start with a smaller max_tokens=N"
+            )
         columns = {"answer_kind": model.data.answer_kind, "question": question}
         return Prompt(f"chat:{self.turn}", ready.text, "", columns, ready.token_ids, ready.messages, ready.prefill)
 
@@ -245,7 +262,7 @@ class Chat:
         for one in self.last:
             thoughts, answer = one.thoughts_and_answer
             folded = "[thoughts; /think shows them]\n" if thoughts else ""
-            cells.append(Text(visible(folded + answer) + f"\n({len(one.completion.token_ids)} tokens)"))
+            cells.append(Text(visible(folded + answer) + f"\n({plural(len(one.completion.token_ids), 'token')})"))
         table.add_row(*cells)
         self._screen.print(table)
 
@@ -316,7 +333,7 @@ class Shown:
         """What waited of the whole text, and the line after the answer."""
         self.update(text, last=True)
         cut_words = ", cut at the limit: max_tokens=N sets another" if cut else ""
-        self._put(f"{')' if self.thinking else ''}\n({num_tokens} tokens{cut_words})\n")
+        self._put(f"{')' if self.thinking else ''}\n({plural(num_tokens, 'token')}{cut_words})\n")
 
     def _put(self, text: str) -> None:
         if self.live:

@@ -156,8 +156,8 @@ def bring(source: Path, run: Path, name: str) -> None:
     found = next((path for path in (folder / name, folder / f"{name}.replaced") if _is_whole(path)), None)
     if found is None:
         raise RunFolderError(
-            f"resume={source}: going on needs its best checkpoint so far, {folder / name}, and a file of it is missing, "
-            "cut or changed: put it back, or start a new run with out=OTHER"
+            f"resume={source}: going on needs its best checkpoint so far, {folder / name}, and a file of it is "
+            "missing, cut or changed: put it back, or start a new run with out=OTHER"
         )
     try:
         for leftover in (temporary, final):  # of a copy that was killed; damaged

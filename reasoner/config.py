@@ -244,8 +244,10 @@ def validate(values: Mapping[str, Any]) -> Config:
         config = TypeAdapter(Config).validate_python(dict(values))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
-    for where, node in _data_nodes(config):
-        data_of(config, node, where)
+    for where, node in [("data", {}), *_data_nodes(config)]:
+        rows = data_of(config, node, where).validation
+        if rows >= 1 and rows % 1:
+            raise ConfigError(f"{where}.validation={rows:g}: give a number of rows, or a share below 1")
     if not config.reward.parts:
         raise ConfigError("reward.parts is empty: name a reward, e.g. reward=my_reward.py:score or reward=math")
     part = config.evaluate.accuracy

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from reasoner import world
 from reasoner.types import Completion, Group, Score
+from reasoner.words import plural
 
 PLAIN_INTERVAL_S = 1.0  # between plain progress lines: a log of a night stays readable
 HINT_EVERY = 50  # steps before the same hint is given again
@@ -154,7 +155,9 @@ def score_line(completion: Completion, score: Score) -> str:
     parts = [f"{name} {value:.2f}" for name, value in score.parts.items()]
     parts += [f"{name} failed ({reason})" for name, reason in score.failures.items()]
     cut = ", cut" if completion.finish_reason == "length" else ""
-    return visible(f"reward {score.total:.2f}: {' · '.join([*parts, f'{len(completion.token_ids)} tokens{cut}'])}")
+    return visible(
+        f"reward {score.total:.2f}: {' · '.join([*parts, plural(len(completion.token_ids), 'token') + cut])}"
+    )
 
 
 def _shortened(text: str) -> str:
@@ -178,7 +181,7 @@ def closing_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [("", "greedy", "95% interval", "sampled", *titles, "tokens", "cut")]
         cells += [_cells(row, at) for row in of_set]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines.append(f"{visible(name)}: {of_set[-1]['problems']:,} held-out problems")
+        lines.append(f"{visible(name)}: {plural(of_set[-1]['problems'], 'held-out problem')}")
         for first, *others in cells:
             padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
             lines.append("   ".join([first.ljust(widths[0]), *padded]).rstrip())

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from reasoner.words import plural
+
 Z95 = 1.959963984540054
-Z80 = 0.8416212335729143  # a chance of 80% to see a change that is there
+Z80 = 0.8416212335729143  # a chance of about 80% to see a change that is there
 LEVEL = 0.05
 HALVINGS = 60  # of an interval of length 1: below the last bit of a float
 
@@ -49,15 +51,15 @@ class Gain:
         return (self.low > 0 or self.high < 0) and self.p_value < LEVEL
 
     def __str__(self) -> str:
-        said = f"{self.points:+.1f} points, 95% {self.low:.1f} to {self.high:.1f}, {self.problems:,} problems"
+        said = f"{self.points:+.1f} points, 95% {self.low:.1f} to {self.high:.1f}, {plural(self.problems, 'problem')}"
         return said if self.is_real else f"{said} (can't tell from 0: {self.needed_words()})"
 
     def needed_words(self) -> str:
-        """How many problems it would take, as the end of a sentence."""
+        """How many problems it would take, as the end of a sentence; more than those that didn't show it."""
         share = (self.gained + self.lost) / self.problems
         if self.gained != self.lost:
             needed = problems_needed(abs(self.points) / 100, share)
-            return f"if it is real, about {_rounded(needed):,} problems would show it"
+            return f"if it is real, about {_rounded(max(needed, self.problems + 1)):,} problems would show it"
         return f"to show 2 points, about {_rounded(problems_needed(0.02, max(share, 0.05))):,} problems are needed"
 
 
@@ -116,8 +118,8 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def problems_needed(change: float, share_changed: float) -> int:
-    """Problems at which McNemar's test at 5% sees a true `change` with a chance of 80%, where `share_changed` of the
-    answers change (Connor, Biometrics 43, 1987)."""
+    """Problems at which McNemar's test at 5% sees a true `change` with a chance of about 80%, where `share_changed` of
+    the answers change (Connor, Biometrics 43, 1987)."""
     changed = max(share_changed, change)
     root = Z95 * math.sqrt(changed) + Z80 * math.sqrt(changed - change**2)
     return math.ceil((root / change) ** 2)

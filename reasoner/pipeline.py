@@ -20,7 +20,7 @@ from reasoner.assembly import assemble
 from reasoner.compose import compose_conf, leaves, source_of
 from reasoner.config import Config, validate
 from reasoner.console import Console
-from reasoner.errors import GuardTripped, Interrupted, ReasonerError
+from reasoner.errors import ConfigError, GuardTripped, Interrupted, ReasonerError
 from reasoner.intervals import Gain
 from reasoner.redact import Redactor
 from reasoner.report.write import REPORT, REPORT_ERROR, write_report
@@ -84,6 +84,7 @@ class Pipeline:
     def run(self) -> RunResult:
         """Go through the stages. A ReasonerError is passed on, after summary.json says how the run ended."""
         began = time.monotonic()
+        _check_validation(self.config)
         world.start()
         try:
             source = Path(self.config.resume.dir) if self.config.resume.dir else None
@@ -186,6 +187,17 @@ class Pipeline:
         ]
         if chosen:
             console.say(f"card: {' '.join(chosen)}")
+
+
+def _check_validation(config: Config) -> None:
+    """Raises ConfigError where a new run would keep rows from training to choose by, and never choose. One that goes on
+    may: its rows are fixed, and eval_every is not."""
+    rows = config.data.validation
+    if rows and "grpo" in config.stages and not config.grpo.eval_every and not config.resume.dir:
+        raise ConfigError(
+            f"data.validation={rows:g} keeps rows from training to choose a checkpoint by, and nothing chooses: set "
+            "grpo.eval_every=50 too, or leave data.validation out"
+        )
 
 
 def _card_failed(error: Exception, how_to_go_on: str) -> str:

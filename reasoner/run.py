@@ -35,6 +35,7 @@ from reasoner.run_folder import CHECKPOINTS, RunFolder
 from reasoner.stages import STAGES, TrainingStage
 from reasoner.tracking.base import Tracker
 from reasoner.types import Prompt
+from reasoner.words import plural
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,8 +191,8 @@ class Run:
         found = self._answers(row, self.parts.task.sets, None, engine)
         self._keep(row, stage_index, found, artefact=artefact)
         for name, result in found.items():
-            n = len(result.problems)
-            self.console.status(f"evaluate {row} · {name} {result.accuracy:.1%} greedy of {n:,} problems", last=True)
+            problems = plural(len(result.problems), "problem")
+            self.console.status(f"evaluate {row} · {name} {result.accuracy:.1%} greedy of {problems}", last=True)
         self.results.evaluations.append((row, found))
 
     def _answers(

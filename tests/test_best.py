@@ -136,6 +136,20 @@ def test_going_on_without_the_best_checkpoint_is_refused_at_once(whole: Path, tm
     assert metrics(tmp_path / "run") == metrics(whole)[:1], "no step was trained"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["data.validation=1.5"], r"^data\.validation=1\.5: give a number of rows, or a share below 1$"),
+        (["grpo.data.validation=2.5"], r"^grpo\.data\.validation=2\.5: give a number of rows"),
+        (["grpo.eval_every=null"], r"^data\.validation=40 keeps rows .* set grpo\.eval_every=50 too"),
+    ],
+)
+def test_rows_to_choose_by_that_can_not_be_leave_no_folder(wrong: list[str], said: str, whole: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=said):
+        train(str(whole / "config.yaml"), overrides=[f"out={tmp_path / 'run'}", *wrong])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_set_may_not_take_the_name_of_the_rows_that_choose(whole: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="the name is taken"):
         train(str(whole / "config.yaml"), overrides=[f"out={tmp_path / 'run'}", "evaluate.sets.validation={size: 9}"])

@@ -106,7 +106,7 @@ def test_thoughts_are_folded_and_the_answer_streams():
     assert shown(pieces) == "(thinking ... /think shows it)\nIt is 7.\n(7 tokens)\n"
     assert shown(pieces[:2]) == "(thinking ...)\n(2 tokens)\n"
     assert shown(["3 and 4", "</think>", "7"], prefill="<think>\n") == "(thinking ... /think shows it)\n7\n(3 tokens)\n"
-    assert shown(["<"]) == "<\n(1 tokens)\n" and "\x1b" not in shown(["\x1b[2J"])
+    assert shown(["<"]) == "<\n(1 token)\n" and "\x1b" not in shown(["\x1b[2J"])
 
 
 def test_a_question_is_put_as_the_run_put_it():
@@ -141,7 +141,10 @@ def test_turns_go_along_without_thoughts_and_each_speaker_remembers_its_own(mode
         ([], "name a run's folder"),
         (["run={tmp}"], "there is no run"),
         (["run={run}", "temperature=hot"], "temperature=hot: give a number"),
-        (["run={run}", "checkpoint=bset"], "did you mean 'best'"),
+        (["run={run}", "max_tokens=0.5"], "max_tokens=0.5: give a whole number from 1 on"),
+        (["run={run}", "max_tokens=2.7"], "max_tokens=2.7: give a whole number"),
+        (["run={run}", "checkpoint=bset"], "checkpoint=bset: this run has none: did you mean 'best'"),
+        (["run={run}", "checkpoint=all"], "checkpoint=all: this run has none"),
         (["run={run}", "model.nmae=x"], "did you mean 'name'"),
     ],
 )
@@ -151,6 +154,20 @@ def test_what_is_asked_wrong_is_one_line(
     assert main(["chat", *(text.format(run=trained_run, tmp=tmp_path) for text in arguments)]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error
+
+
+def test_bytes_that_are_no_text_are_asked_as_a_mark(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"h\xff\n1 + 1\n"), encoding="utf-8"))
+    assert main(["chat", f"run={trained_run}"]) == 0
+    assert "token" in capsys.readouterr().out.splitlines()[-2], "the second question is answered"
+
+
+def test_a_question_that_is_too_long_says_what_to_type(trained_run: Path):
+    said = talk(trained_run, "1 + " * 300 + "1", "1 + 1").splitlines()
+    assert said[1].startswith("error: the question") and "/new" in said[1] and "data.max" not in said[1]
+    assert "token" in said[-1]
 
 
 COMMANDS = re.findall(r"^python -m reasoner (chat .*)$", (ROOT / "docs/chat.md").read_text(), re.MULTILINE)

@@ -84,6 +84,10 @@ def test_a_gain_in_words():
     assert str(Gain.of(110, 56, 1319)) == "+4.1 points, 95% 2.2 to 6.0, 1,319 problems"
     words = "(can't tell from 0: if it is real, about 790 problems would show it)"
     assert str(Gain.of(30, 20, 200)) == f"+5.0 points, 95% -2.0 to 12.1, 200 problems {words}"
+    assert str(Gain.of(5, 0, 5)).endswith(
+        "5 problems (can't tell from 0: if it is real, about 6 problems would show it)"
+    )
+    assert "1 problem (" in str(Gain.of(1, 0, 1)), "in the singular"
     assert "to show 2 points, about 980 problems are needed" in str(Gain.of(0, 0, 90))
 
 

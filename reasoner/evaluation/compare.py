@@ -18,6 +18,7 @@ from reasoner.evaluation.measure import default_at, tell
 from reasoner.evaluation.request import Request
 from reasoner.results import sets_of_rows
 from reasoner.run_folder import CONFIG, EVAL_PROBLEMS, read_rows
+from reasoner.words import plural
 
 CONDITIONS = (  # what rows must share to differ by their weights alone
     *("evaluate.max_completion_tokens", "grpo.max_completion_tokens", "evaluate.temperature", "evaluate.samples"),
@@ -100,7 +101,7 @@ def _common(sides: Sequence[Side], asked: Sequence[str]) -> tuple[list[tuple[str
         if not shared:
             continue
         counts = ", ".join(f"{side.label} {len(one):,}" for side, one in zip(sides, keyed, strict=True))
-        told.append(f"{name}: {len(shared):,} problems in {'both' if len(sides) == 2 else 'all'} ({counts})")
+        told.append(f"{name}: {plural(len(shared), 'problem')} in {'both' if len(sides) == 2 else 'all'} ({counts})")
         for place, one in enumerate(keyed):
             problems = tuple(replace(one[key], id=f"{key[0]} {key[1]}") for key in shared)
             common[place][name] = SetResult(name, problems)

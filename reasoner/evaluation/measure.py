@@ -27,6 +27,7 @@ from reasoner.evaluation.weights import Weights, load_artefact, untrained, weigh
 from reasoner.pipeline import plain
 from reasoner.run_folder import CONFIG, RunFolder
 from reasoner.summary import summary
+from reasoner.words import plural
 
 Measured = list[tuple[str, Mapping[str, SetResult]]]
 
@@ -161,8 +162,8 @@ def _answer(
             artefact = str(one.artefact) if one.artefact else None
             rows.append(result.row(one.name, place, overlap_removed=removed, artefact=artefact, at=at))
             folder.append_eval_problems(result.problem_rows(one.name, place))
-            told = f"evaluate {one.name} · {name} {result.accuracy:.1%} greedy of {len(result.problems):,} problems"
-            console.status(told, last=True)
+            problems = plural(len(result.problems), "problem")
+            console.status(f"evaluate {one.name} · {name} {result.accuracy:.1%} greedy of {problems}", last=True)
         folder.write_eval(rows)
         measured.append((one.name, found))
     return measured

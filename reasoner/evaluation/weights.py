@@ -43,30 +43,42 @@ class Weights:
     artefact: Path | None = None
 
 
-def weights_of(run: Path, config: Config, asked: Sequence[str]) -> list[Weights]:
+def weights_of(run: Path, config: Config, asked: Sequence[str], *, key: str = "checkpoints") -> list[Weights]:
     """The weights that `checkpoints=` names, the base first; none named: the base and what the run exported, or its
-    best or newest checkpoint.
+    best or newest checkpoint. `key` is what the user typed them after; `checkpoint` takes one, and so not `all`.
 
     Raises ConfigError for a name that is not there, RunFolderError where nothing was trained yet.
     """
     there = {path.name: path for path in checkpoint.whole(run)}
-    chosen = _best(run, config)
-    chosen = chosen if chosen in there else None
+    best = _best(run, config)
+    chosen = best if best in there else None
     artefact = exported(run, config)
     if not there and artefact is None and tuple(asked) != (BASE,):
         raise RunFolderError(f"run={run} has neither a checkpoint nor an exported model: nothing was trained yet")
     newest = max(there, default=None)
+    words = WORDS if key == "checkpoints" else WORDS[: WORDS.index(ALL)]
     names: list[str] = []
     for name in asked or (BASE, EXPORT if artefact else chosen or LAST):
-        names += [BASE, *sorted(there), *([EXPORT] if artefact else [])] if name == ALL else [name]
+        names += (
+            [BASE, *sorted(there), *([EXPORT] if artefact else [])] if name == ALL and key == "checkpoints" else [name]
+        )
     resolved = [{BEST: chosen, LAST: newest}.get(name, name) for name in names]
     for name, found in zip(names, resolved, strict=True):
         if found is None or (found not in there and found not in (BASE, EXPORT)) or (found == EXPORT and not artefact):
-            raise ConfigError(f"checkpoints={name}: this run has none{nearest(name, [*there, *WORDS])}")
+            raise ConfigError(f"{key}={name}: {_why_none(name, best, [*there, *words])}")
     last = there.get(chosen or newest or "")
     step = checkpoint.progress_of(last).policy_step if last else 1
     ordered = sorted(dict.fromkeys(name for name in resolved if name), key=lambda name: name != BASE)
     return [_weights(name, there, artefact, step, config) for name in ordered]
+
+
+def _why_none(name: str, best: str | None, options: list[str]) -> str:
+    """Why the run has no such weights, with the remedy or what there is."""
+    if name == BEST and best is None:
+        return "this run measured no checkpoint on the way: set grpo.eval_every when you train"
+    if name == BEST:
+        return f"its checkpoint, {best}, was deleted"
+    return f"this run has none{nearest(name, [one for one in options if one != name])}"
 
 
 def exported(run: Path, config: Config) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any
 from reasoner.evaluate import ProblemResult, SetResult
 from reasoner.intervals import Gain
 from reasoner.report.chosen import shortened, size, spread
+from reasoner.words import plural
 
 EACH = 60  # problems gained, and as many lost, that the page shows
 SAME = 12  # problems that stayed right, and as many that stayed wrong
@@ -78,7 +79,8 @@ def comparison(found: Mapping[str, Any] | None) -> dict[str, str]:
 def _measured(found: Mapping[str, Any]) -> str:
     return (
         f"{found['points']:+.1f} points, 95% interval {found['low']:+.1f} to {found['high']:+.1f}, on the same "
-        f"{found['problems']:,} problems of {found['set']} ({found['gained']:,} gained, {found['lost']:,} lost)."
+        f"{plural(found['problems'], 'problem')} of {found['set']} ({found['gained']:,} gained, "
+        f"{found['lost']:,} lost)."
     )
 
 

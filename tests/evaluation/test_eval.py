@@ -1,6 +1,7 @@
 """The verb eval on a trained run: what it measures is what the run measured, on which sets, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from reasoner.config import data_of
 from reasoner.data.benchmarks import competition
 from reasoner.data.word_problems import calc
 from reasoner.evaluation.sets import compose_sets
+from reasoner.results import best_of
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ def test_other_rows_by_the_keys_of_data_and_by_column(trained_run: Path, tmp_pat
     of = [f"data.path={path}", "data.prompt='{sum}='", "data.answer='{total}'"]
     assert main(["eval", f"run={trained_run}", *told, *of]) == 0
     said = capsys.readouterr().out
-    assert "own, level seen: 1 held-out problems" in said and "own, level new: 2 held-out problems" in said
+    assert "own, level seen: 1 held-out problem\n" in said and "own, level new: 2 held-out problems" in said
     assert "warning: problems of own are among the training rows (2 rows over all stages)" in said
     (row,) = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert (row["row"], row["set"], row["problems"]) == ("03-grpo-000006", "own", 3)
@@ -113,6 +115,23 @@ def test_what_is_asked_wrong_is_one_line(
     assert main(["eval", *filled, *out]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error and error.startswith("error: ")
+
+
+def test_a_best_that_is_not_there_says_why(trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    rows = json.loads((run / "eval.json").read_text())
+    best = best_of(rows, 3)
+    assert best
+    shutil.rmtree(run / "checkpoints" / best.name)
+    assert main(["eval", f"run={run}", "checkpoints=best"]) == 2
+    assert capsys.readouterr().err == f"error: checkpoints=best: its checkpoint, {best.name}, was deleted\n"
+    (run / "eval.json").write_text(json.dumps([row for row in rows if "step" not in row]))
+    assert main(["eval", f"run={run}", "checkpoints=best"]) == 2
+    assert "measured no checkpoint on the way: set grpo.eval_every" in capsys.readouterr().err
+    shutil.rmtree(run / "model")
+    assert main(["eval", f"run={run}", "checkpoints=export"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_two_runs_are_compared_from_their_files_over_the_problems_that_both_have(
