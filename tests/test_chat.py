@@ -60,7 +60,7 @@ def test_base_and_trained_answer_side_by_side(trained_run: Path):
     assert head.index("base") < head.index("export")
     assert re.search(rf"│ =+ +│ {re.escape(one['text'])} +│", said), "the base repeats its last character"
     assert "base: reward 0.00" in said and "export: reward 1.00" in said
-    assert "now export answers alone" in said and said.rstrip().splitlines()[-1].endswith("tokens)")
+    assert "now export answers alone" in said and said.rstrip().splitlines()[-1].endswith(("token)", "tokens)"))
 
 
 def test_the_same_question_after_new_and_what_is_no_command(trained_run: Path):
@@ -183,10 +183,10 @@ def test_a_command_of_the_page_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("3 + 4\n"))
     assert len(COMMANDS) == 2 and main(shlex.split(command)) == 0
-    assert "tokens" in capsys.readouterr().out
+    assert "token" in capsys.readouterr().out
 
 
 def test_rewards_that_need_more_than_was_typed_say_so(trained_run: Path, tmp_path: Path):
     (tmp_path / "mine.py").write_text("def score(completion, metadata): return 1.0\n")
     said = talk(trained_run, "1 + 1", "/reward 2", "1 + 2", arguments=(f"reward={tmp_path / 'mine.py'}:score",))
-    assert "these rewards can't judge a typed question" in said and said.count("tokens)") == 2
+    assert "these rewards can't judge a typed question" in said and len(re.findall(r"\d tokens?\)", said)) == 2

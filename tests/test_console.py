@@ -174,7 +174,7 @@ def test_sample_of_equal_rewards_shows_one_and_cut_and_failed_ones_say_so() -> N
     completion = Completion((1,), (True,), (0.0,), "a", "length", 0, 0)
     score = Score(0.0, {"format": 0.5}, {"accuracy": "timed out after 5 s"})
     assert console.score_line(completion, score) == (
-        "reward 0.00: format 0.50 · accuracy failed (timed out after 5 s) · 1 tokens, cut"
+        "reward 0.00: format 0.50 · accuracy failed (timed out after 5 s) · 1 token, cut"
     )
     long = sample_lines(group(("a" * 500 + "b" * 500, 1.0)))[-1]
     assert long == f"  | {'a' * 400} … {'b' * 400}"

@@ -126,7 +126,7 @@ def _proved(
 
 def _chosen(request: Request, values: Mapping[str, Any]) -> Weights:
     asked = (request.checkpoint,) if request.checkpoint else ()
-    found = weights_of(request.run, validate(dict(values)), asked)
+    found = weights_of(request.run, validate(dict(values)), asked, key="checkpoint")
     if request.checkpoint and (len(found) > 1 or found[0].name == BASE):
         raise ConfigError(f"checkpoint={request.checkpoint}: name one checkpoint that was trained")
     return found[-1]

@@ -155,7 +155,7 @@ def test_the_share_of_an_adapter_is_seen_below_the_rounding():
         (["run={run}", "to=adapter", "out={run}"], "exists and isn't empty"),
         (["run={whole}", "to=adapter", "out={tmp}/new"], "to=merged writes it"),
         (["run={run}", "to=merged", "base=original"], "for runs on an NF4 base"),
-        (["run={run}", "to=merged", "checkpoint=bset"], "did you mean 'best'"),
+        (["run={run}", "to=merged", "checkpoint=bset"], "checkpoint=bset: this run has none: did you mean 'best'"),
         (["run={run}", "to=merged", "checkpoint=base"], "name one checkpoint that was trained"),
         (["run={run}", "to=adapter", "dtype=float32"], "are of to=merged"),
         (["run={run}", "to=merged", "problems=none"], "give how many"),
