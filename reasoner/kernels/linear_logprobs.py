@@ -1,9 +1,8 @@
 """The loss head: hidden states -> log-probability of each target and entropy of each row. No logits leave it.
 
 Here are the operation, the choice of an implementation, and the torch one, the truth that every faster one is held
-against. Left out: a target that means "skip this row" (callers select the rows they train, so prompts cost no matmul),
-a bias (no family we load has one), second derivatives, and a form for inputs that need no gradient (its forward would
-be the same).
+against; linear_logprobs_triton.py is the one for cards. Left out: a target that means "skip this row" (callers select
+the rows they train, so prompts cost no matmul), a bias (no family we load has one), and second derivatives.
 
 How the torch one works. The [N, V] logits are made a tile of rows and columns at a time, in float32 (float64 if an
 input is; 16-bit inputs on a GPU are multiplied as they are and summed in float32), used, and made again in the backward
@@ -16,7 +15,8 @@ of the others) and 1 - p = -expm1(log p) keep their relative precision there, wh
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ TILE_COLUMNS = 4096
 TILE_ELEMENTS = 512 * TILE_COLUMNS
 # On a GPU launches cost more than cache misses: whole rows, 32 M logits (128 MiB), a tenth of the operations.
 CUDA_TILE_ELEMENTS = 32 << 20
+# Whether cards that can take the Triton path do.
+PREFER_TRITON = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +69,26 @@ def linear_logprobs(
     """
     _check(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
     # The one place where an implementation is chosen.
+    if PREFER_TRITON and triton_supported(hidden, head_weight):
+        from reasoner.kernels import linear_logprobs_triton as fast
+
+        return fast.linear_logprobs_triton(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
     return linear_logprobs_torch(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
+
+
+def triton_supported(hidden: Tensor, head_weight: Tensor) -> bool:
+    """Whether linear_logprobs_triton takes these: Triton and an NVIDIA card of compute capability 8.0 or newer, 16-bit
+    inputs of one dtype, each row of the head in one piece."""
+    return (
+        hidden.is_cuda
+        and torch.version.hip is None
+        and hidden.dtype == head_weight.dtype
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+        and head_weight.stride(1) == 1
+        and head_weight.stride(0) >= head_weight.shape[1]
+        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+        and find_spec("triton") is not None
+    )
 
 
 def linear_logprobs_torch(
@@ -79,13 +100,13 @@ def linear_logprobs_torch(
     logit_scale: float,
 ) -> Logprobs:
     """`linear_logprobs` for inputs that are already checked, in plain torch, on any device."""
-    shape = _LogitShape(temperature, soft_cap, logit_scale)
+    shape = LogitShape(temperature, soft_cap, logit_scale)
     logprobs, entropy = _LinearLogprobs.apply(hidden, head_weight, target_ids, shape)
     return Logprobs(logprobs, entropy)
 
 
 @dataclass(frozen=True, slots=True)
-class _LogitShape:
+class LogitShape:
     """What happens to a dot product before the softmax, and its derivative."""
 
     temperature: float
@@ -112,24 +133,37 @@ class _LogitShape:
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: _LogitShape
+        ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: LogitShape
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, entropy, log_total = _forward(hidden, weight, target_ids, shape)
-        ctx.save_for_backward(hidden, weight, target_ids, logprobs, entropy, log_total)
+            known = forward_in_tiles(hidden, weight, target_ids, shape)
+        ctx.save_for_backward(hidden, weight, target_ids, *known)
         ctx.shape = shape
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return known.logprobs, known.entropy
 
     @staticmethod
     @once_differentiable  # whose type hides the name of ctx
     def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return *_backward(ctx, *grads), None, None
+        hidden, weight, target_ids, *known = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            wants = ctx.needs_input_grad[:2]
+            d_hidden, d_weight = backward_in_tiles(
+                hidden, weight, target_ids, RowNumbers(*known), ctx.shape, wants, *grads
+            )
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None
 
 
-def _forward(hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: _LogitShape) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, entropy and the log of the softmax's denominator, each [N]."""
+class RowNumbers(NamedTuple):
+    """What a forward pass knows of its rows and a backward pass asks for, each [N]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    log_total: Tensor  # the log of the softmax's denominator
+
+
+def forward_in_tiles(hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: LogitShape) -> RowNumbers:
+    """A forward pass that keeps no logits."""
     num_rows = hidden.shape[0]
     columns = _column_slices(weight)
     target_logits = hidden.new_empty(num_rows, dtype=_precision(hidden, weight))
@@ -149,8 +183,8 @@ def _forward(hidden: Tensor, weight: Tensor, target_ids: Tensor, shape: _LogitSh
     return _merge(maxima, sums, moments, target_logits)
 
 
-def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tiles' statistics [K, N], which leave the target out -> logprobs, entropy and log denominator [N]."""
+def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, target_logits: Tensor) -> RowNumbers:
+    """From the tiles' statistics [K, N], which leave the target out."""
     maximum = maxima.amax(0)
     shift = maxima - maximum
     decay = shift.exp()
@@ -161,14 +195,25 @@ def _merge(maxima: Tensor, sums: Tensor, moments: Tensor, target_logits: Tensor)
     log_total = torch.log1p(others + target.expm1())  # e^target - 1 first: exact where the target is the maximum
     share = target.exp()
     entropy = log_total - (moment + target * share) / (others + share)
-    return logprobs, entropy, maximum + log_total
+    return RowNumbers(logprobs, entropy, maximum + log_total)
 
 
-def _backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """With L = log p: d logp_t / d x_j = [j = t] - p_j, and d entropy / d x_j = -p_j (L_j + entropy)."""
-    hidden, weight, target_ids, logprobs, entropy, log_total = ctx.saved_tensors
-    shape: _LogitShape = ctx.shape
-    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+def backward_in_tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    known: RowNumbers,
+    shape: LogitShape,
+    wants: tuple[bool, bool],
+    d_logprobs: Tensor | None,
+    d_entropy: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden, as it was summed, and of weight, in its dtype; those that `wants` asks for.
+
+    With L = log p: d logp_t / d x_j = [j = t] - p_j, and d entropy / d x_j = -p_j (L_j + entropy).
+    """
+    logprobs, entropy, log_total = known
+    wants_hidden, wants_weight = wants
     d_logprobs = torch.zeros_like(logprobs) if d_logprobs is None else d_logprobs
     at_target_grads = -d_logprobs * logprobs.expm1()
     if d_entropy is not None:
@@ -200,7 +245,7 @@ def _backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> 
                 d_tile_weight += _scaled_product(grad.T, tile_hidden.T, shape.gain)
         if d_weight is not None and d_tile_weight is not None:
             d_weight[cols] = d_tile_weight
-    return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight
+    return d_hidden, d_weight
 
 
 def _precision(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -1,0 +1,149 @@
+"""The kernels of linear_logprobs_triton.py, which says what they compute: odds against the target, and factors of rows.
+
+Left out: the product of odds and head, which is cuBLAS', and atomics: every sum has one order.
+"""
+
+import triton
+import triton.language as tl
+
+# Sizes that change from batch to batch must not compile a kernel anew.
+CHANGING = ["first_row", "rows", "first_column", "vocabulary", "down", "across", "first_tile", "plane"]
+
+
+@triton.jit
+def _odds_of(
+    dots, target_bits, targets, columns, vocabulary, dot_scale, cap_bits, CAPPED: tl.constexpr, RAGGED: tl.constexpr
+):
+    """A tile's odds (with a cap times its slope), and of each row their sum and that of odds x log2 odds."""
+    if CAPPED:
+        small = tl.exp2(-tl.abs(dots * dot_scale))
+        inverse = 1 / (1 + small)
+        tanh = (1 - small) * inverse
+        bits = tl.where(dots * dot_scale < 0, -tanh, tanh) * cap_bits - target_bits[:, None]
+    else:
+        bits = dots * dot_scale - target_bits[:, None]
+    counts = columns[None, :] != targets[:, None]
+    if RAGGED:
+        counts = counts & (columns < vocabulary)[None, :]
+    odds = tl.where(counts, tl.exp2(bits), 0.0)
+    total = tl.sum(odds, 1)
+    moment = tl.sum(odds * bits, 1)
+    if CAPPED:
+        odds = odds * (4 * small * inverse * inverse)  # 1 - tanh^2, without its cancellation
+    return odds, total, moment
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def odds_kernel(
+    hidden, weight, odds_out, target_bits, target_ids, partials,
+    first_row, rows, first_column, vocabulary, down, across, first_tile,
+    hidden_stride, weight_stride, odds_stride, plane, tile_stride, dot_scale, cap_bits, shift,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
+    STORE: tl.constexpr, CAPPED: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Odds [rows, columns] of one block, and per tile the sums of each row. Row tiles go first, in groups."""
+    for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=FLATTEN):
+        group = tile // (GROUP * across)
+        size = tl.minimum(down - group * GROUP, GROUP)
+        place = tile - group * GROUP * across
+        row = (group * GROUP + place % size) * ROWS
+        column = place // size * COLUMNS
+        dots = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if DESCRIPTORS:
+            for k in range(0, D, DEPTH):
+                left = hidden.load([first_row + row, k])
+                right = weight.load([first_column + column, k])
+                dots = tl.dot(left, right.T, dots, input_precision="ieee")
+        else:
+            k = tl.arange(0, DEPTH)
+            # Rows past the end are read as the last one, and their odds are 0.
+            at_row = tl.minimum(row + tl.arange(0, ROWS), rows - 1) + first_row
+            at_column = tl.minimum(first_column + column + tl.arange(0, COLUMNS), vocabulary - 1)
+            left_at = hidden + at_row.to(tl.int64)[:, None] * hidden_stride + k[None, :]
+            right_at = weight + at_column.to(tl.int64)[None, :] * weight_stride + k[:, None]
+            for start in range(0, D, DEPTH):
+                if D % DEPTH == 0:
+                    left = tl.load(left_at + start)
+                    right = tl.load(right_at + start)
+                else:
+                    left = tl.load(left_at + start, mask=(k < D - start)[None, :], other=0.0)
+                    right = tl.load(right_at + start, mask=(k < D - start)[:, None], other=0.0)
+                dots = tl.dot(left, right, dots, input_precision="ieee")
+
+        in_block = row + tl.arange(0, ROWS)
+        real = in_block < rows
+        bits = tl.load(target_bits + first_row + in_block, mask=real, other=1e30) + shift
+        targets = tl.load(target_ids + first_row + in_block, mask=real, other=0).to(tl.int32)
+        columns = first_column + column + tl.arange(0, COLUMNS // HALVES)
+        if HALVES == 2:
+            low, high = tl.split(tl.permute(tl.reshape(dots, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+            odds, total, moment = _odds_of(low, bits, targets, columns, vocabulary, dot_scale, cap_bits, CAPPED, RAGGED)
+            if STORE:
+                odds_out.store([row, column], odds.to(odds_out.dtype))
+            odds, more_total, more_moment = _odds_of(
+                high, bits, targets, columns + COLUMNS // 2, vocabulary, dot_scale, cap_bits, CAPPED, RAGGED
+            )
+            if STORE:
+                odds_out.store([row, column + COLUMNS // 2], odds.to(odds_out.dtype))
+            total += more_total
+            moment += more_moment
+        else:
+            odds, total, moment = _odds_of(
+                dots, bits, targets, columns, vocabulary, dot_scale, cap_bits, CAPPED, RAGGED
+            )
+            if STORE and DESCRIPTORS:
+                odds_out.store([row, column], odds.to(odds_out.dtype))
+            if STORE and not DESCRIPTORS:
+                out_at = odds_out + in_block.to(tl.int64)[:, None] * odds_stride
+                out_at += (column + tl.arange(0, COLUMNS))[None, :]
+                tl.store(out_at, odds.to(odds_out.dtype.element_ty), mask=real[:, None])
+        partial_at = partials + (first_tile + column // COLUMNS).to(tl.int64) * tile_stride + in_block
+        tl.store(partial_at, total, mask=real)
+        tl.store(partial_at + plane, moment, mask=real)
+
+
+@triton.jit
+def target_dots_kernel(hidden, weight, target_ids, dots, hidden_stride, weight_stride, width, BLOCK: tl.constexpr):
+    """hidden_i . weight_target, one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ids + row).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        left = tl.load(hidden + row * hidden_stride + k, mask=k < width, other=0.0).to(tl.float32)
+        right = tl.load(weight + target * weight_stride + k, mask=k < width, other=0.0).to(tl.float32)
+        total += left * right
+    tl.store(dots + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def factor_kernel(
+    products, weight, target_ids, sums, target_slopes, factor, factor_scale, first_row, weight_stride, width, gain, own,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """w_t - sum_j o_j w_j / S of one row, divided by its largest element, which goes into the row's scale."""
+    in_block = tl.program_id(0).to(tl.int64)
+    row = first_row + in_block
+    total = tl.load(sums + row)
+    target = tl.load(target_ids + row).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    inside = k < width
+    product = tl.load(products + in_block * width + k, mask=inside, other=0.0)
+    own_weight = tl.load(weight + target * weight_stride + k, mask=inside, other=0.0).to(tl.float32)
+    if CAPPED:
+        own_weight *= tl.load(target_slopes + row)
+    value = own_weight - product * tl.where(total > 0, 1 / total, 0.0)
+    top = tl.max(tl.abs(value), 0)
+    scaled = value * tl.where(top > 0, 1 / top, 0.0)
+    tl.store(factor + row * width + k, scaled.to(factor.dtype.element_ty), mask=inside)
+    tl.store(factor_scale + row, top * (total / (total + own)) * gain)
+
+
+@triton.jit
+def scaled_rows_kernel(factor, numbers, d_hidden, width, BLOCK: tl.constexpr):
+    """One row a program, times its number."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    value = tl.load(factor + row * width + k, mask=k < width, other=0.0).to(tl.float32) * tl.load(numbers + row)
+    tl.store(d_hidden + row * width + k, value.to(d_hidden.dtype.element_ty), mask=k < width)
