@@ -78,12 +78,13 @@ def linear_logprobs(
 
 def triton_supported(hidden: Tensor, head_weight: Tensor) -> bool:
     """Whether linear_logprobs_triton takes these: Triton and an NVIDIA card of compute capability 8.0 or newer, 16-bit
-    inputs of one dtype, each row of the head in one piece."""
+    inputs of one dtype and of at least one column, each row of the head in one piece."""
     return (
         hidden.is_cuda
         and torch.version.hip is None
         and hidden.dtype == head_weight.dtype
         and hidden.dtype in (torch.bfloat16, torch.float16)
+        and hidden.shape[1] > 0
         and head_weight.stride(1) == 1
         and head_weight.stride(0) >= head_weight.shape[1]
         and torch.cuda.get_device_capability(hidden.device) >= (8, 0)

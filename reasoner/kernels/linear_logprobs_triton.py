@@ -21,6 +21,9 @@ trained head): a gradient that arrives at entropy, a trained head, and float16, 
 The kernels are in odds_triton.py; tiles are data, in tiles.py.
 """
 
+# Triton types a launch as a plain call of the kernel.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +63,8 @@ def linear_logprobs_triton(
     shape = LogitShape(temperature, soft_cap, logit_scale)
     frozen_head = not head_weight.requires_grad and head_weight.dtype != torch.float16
     with_factor = torch.is_grad_enabled() and hidden.requires_grad and frozen_head
-    logprobs, entropy = _LinearLogprobs.apply(hidden, head_weight, target_ids, shape, with_factor)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current card; autograd sets it for the backward pass
+        logprobs, entropy = _LinearLogprobs.apply(hidden, head_weight, target_ids, shape, with_factor)
     return Logprobs(logprobs, entropy)
 
 
@@ -186,7 +190,7 @@ class _Work:
         self.tiles = tiles = tiles_for(hidden, weight)
         self.processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 4
         (num_rows, width), vocabulary = hidden.shape, weight.shape[0]
-        across = triton.cdiv(vocabulary, tiles.columns)
+        across = table.ceil_div(vocabulary, tiles.columns)
         if factor is None:  # nothing is kept but sums, so a block is wide and takes what the partial sums allow
             self.rows = table.sum_rows(num_rows, vocabulary, tiles)
             self.columns = across * tiles.columns
@@ -203,8 +207,10 @@ class _Work:
                 TensorDescriptor.from_tensor(hidden, [tiles.rows, tiles.depth]),
                 TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth]),
             ]
-            stored = TensorDescriptor.from_tensor(self.odds, [tiles.rows, tiles.columns // tiles.halves])
-            self.loads.append(self.loads[0] if factor is None else stored)
+            if factor is None:
+                self.loads.append(self.loads[0])  # nothing is stored
+            else:
+                self.loads.append(TensorDescriptor.from_tensor(self.odds, [tiles.rows, tiles.columns // tiles.halves]))
         self.target_bits, self.target_slopes = self._targets()
 
     def run(self) -> None:
@@ -238,7 +244,7 @@ class _Work:
 
     def _odds(self, first_row: int, rows: int, first_column: int, columns: int) -> None:
         tiles, cap = self.tiles, self.shape.soft_cap
-        down, across = triton.cdiv(rows, tiles.rows), triton.cdiv(columns, tiles.columns)
+        down, across = table.ceil_div(rows, tiles.rows), table.ceil_div(columns, tiles.columns)
         programs = self.processors if tiles.persistent else 1 << 30  # of which each takes one tile
         # With a cap the kernel makes tanh(a) from 2^(-2 |a| log2 e).
         dot_scale = self.shape.gain * LOG2E if cap is None else 2 * LOG2E * self.shape.logit_scale / cap

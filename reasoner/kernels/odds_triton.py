@@ -3,6 +3,9 @@
 Left out: the product of odds and head, which is cuBLAS', and atomics: every sum has one order.
 """
 
+# Kernels are Python to a type checker, whose loops and constants are none.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+
 import triton
 import triton.language as tl
 

@@ -53,33 +53,34 @@ def tiles_for(capability: tuple[int, int], shared_bytes: int, aligned: bool) -> 
 
 def block_rows(num_rows: int, width: int, tiles: Tiles, processors: int) -> int:
     """Rows a block: 2,048 to 4,224, so that the tiles of odds @ head, 128 x 256 in cuBLAS, fill whole waves."""
-    across = _ceil(width, 256)
+    across = ceil_div(width, 256)
     most = min(4224, PRODUCT_BYTES // (4 * width)) // 128
 
     def filled(down: int) -> float:
-        return round(down * across / (_ceil(down * across, processors) * processors), 2)
+        return round(down * across / (ceil_div(down * across, processors) * processors), 2)
 
     found = 128 * max(range(min(16, most), most + 1), key=lambda down: (filled(down), -down))
     rows = MEASURED_ROWS.get((processors, width), found)
-    return min(rows, _ceil(num_rows, tiles.rows) * tiles.rows)
+    return min(rows, ceil_div(num_rows, tiles.rows) * tiles.rows)
 
 
 def block_columns(rows: int, vocabulary: int, tiles: Tiles, processors: int) -> int:
     """Columns a block: equal blocks within ODDS_BYTES, their tiles a multiple of the processors where that fits."""
-    down, across = _ceil(rows, tiles.rows), _ceil(vocabulary, tiles.columns)
+    down, across = ceil_div(rows, tiles.rows), ceil_div(vocabulary, tiles.columns)
     most = max(ODDS_BYTES // (2 * rows * tiles.columns), 1)
     unit = processors // math.gcd(down, processors)
     most = most // unit * unit or most
-    equal = _ceil(across, _ceil(across, most))
-    even = _ceil(equal, unit) * unit
+    equal = ceil_div(across, ceil_div(across, most))
+    even = ceil_div(equal, unit) * unit
     return min(even if even <= most else most, across) * tiles.columns
 
 
 def sum_rows(num_rows: int, vocabulary: int, tiles: Tiles) -> int:
     """Rows a block where only sums are wanted: as many as their two float32 a tile of columns allow."""
-    fit = max(SUM_BYTES // (8 * _ceil(vocabulary, tiles.columns) * tiles.rows), 1)
-    return min(fit, _ceil(num_rows, tiles.rows)) * tiles.rows
+    fit = max(SUM_BYTES // (8 * ceil_div(vocabulary, tiles.columns) * tiles.rows), 1)
+    return min(fit, ceil_div(num_rows, tiles.rows)) * tiles.rows
 
 
-def _ceil(size: int, step: int) -> int:
+def ceil_div(size: int, step: int) -> int:
+    """How many steps reach size."""
     return -(-size // step)

@@ -1,4 +1,4 @@
-"""The loss head on a card, in bfloat16 and whole rows a tile, against the naive formula in float64."""
+"""The loss head's torch path on a card, in bfloat16 and whole rows a tile, against the naive formula in float64."""
 
 import pytest
 import torch
@@ -11,6 +11,11 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PREFER_TRITON", False)
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -137,10 +137,10 @@ def test_h3_rows_out_of_reach_of_the_odds_are_exact():
     mine, truth = run(linear_logprobs, *inputs), truth_of(*inputs)
     assert truth[0].min() < -300
     assert_close(mine, truth)
-    inputs[0][3, 5] = torch.nan
+    inputs[0][60, 5] = torch.nan  # of a row that torch already does again: as many rows, the same matmuls
     broken = run(linear_logprobs, *inputs)
-    assert broken[0][3].isnan()
-    others = torch.arange(64, device="cuda") != 3
+    assert broken[0][60].isnan()
+    others = torch.arange(64, device="cuda") != 60
     for one, other in zip(broken, mine, strict=True):
         assert torch.equal(one[others], other[others])
 
