@@ -25,6 +25,8 @@ from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 VERBS = ("train", "data", "reward", "report", "eval", "chat", "export", "init")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
+       python -m reasoner reward conf=NAME --sample           try them on what its model says now
+       python -m reasoner reward run=RUN_FOLDER [key=value ...]   score what a run said again; loads no model
        python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
        python -m reasoner report run=RUN_FOLDER [run=OTHER ...] [to=FILE.html]    write its report, or compare runs
        python -m reasoner eval run=RUN_FOLDER [key=value ...] measure it: checkpoints=all sets=math500 by=level
@@ -75,6 +77,8 @@ def _run(arguments: list[str]) -> int:
     for override in overrides:
         key, _, settings[key] = override.partition("=")
     conf, run = settings.get("conf"), settings.get("resume")
+    if verb == "reward" and conf is None and "run" in settings and not flags:
+        return _rescore(settings["run"], [override for override in overrides if not override.startswith("run=")])
     if conf is None and run is not None:
         conf = str(Path(run) / "config.yaml")
         if not Path(conf).expanduser().is_file():
@@ -88,8 +92,8 @@ def _run(arguments: list[str]) -> int:
         return _hydra(conf, overrides, flags)
     if verb == "data" and not flags:
         return _data(conf, overrides)
-    if verb == "reward" and not flags:
-        return _reward(conf, overrides)
+    if verb == "reward" and flags in ([], ["--sample"]):
+        return _reward(conf, overrides, sample=bool(flags))
     return _train(conf, overrides, show=_wants_listing(flags))
 
 
@@ -131,12 +135,22 @@ def _train(conf: str, overrides: list[str], *, show: bool) -> int:
     return 0
 
 
-def _reward(conf: str, overrides: list[str]) -> int:
+def _reward(conf: str, overrides: list[str], *, sample: bool) -> int:
     composed = compose_conf(conf, overrides)
     config = validate(composed.values)
-    from reasoner.reward import try_rewards
+    from reasoner.reward import try_on_samples, try_rewards
 
-    try_rewards(config, base_dir=composed.folder, say=print)
+    if sample:
+        try_on_samples(config, base_dir=composed.folder)
+    else:
+        try_rewards(config, base_dir=composed.folder, say=print)
+    return 0
+
+
+def _rescore(run: str, overrides: list[str]) -> int:
+    from reasoner.reward import rescore_run
+
+    rescore_run(Path(run).expanduser(), overrides, say=print)
     return 0
 
 

@@ -129,7 +129,8 @@ STAGES = {"sft": SftStage, "grpo": GrpoStage}
 
 
 def completion_rows(judged: JudgedGroup, at: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of completions.jsonl of one group: what was asked, said, scored, and its row's own columns."""
+    """The lines of completions.jsonl of one group: what was asked, said and scored, and all else that its rewards saw
+    but token ids, so that they can be asked again."""
     prompt = judged.group.prompt
     triples = zip(judged.group.completions, judged.group.scores, judged.advantages, strict=True)
     return [
@@ -137,6 +138,8 @@ def completion_rows(judged: JudgedGroup, at: dict[str, Any]) -> list[dict[str, A
             **at,
             "id": prompt.id,
             "prompt": prompt.text,
+            "messages": prompt.messages,
+            "prefill": prompt.prefill,
             "answer": prompt.answer,
             "completion": completion.text,
             "finish_reason": completion.finish_reason,

@@ -58,11 +58,13 @@ OF_TRAINERS = {
 class Signature:
     """How one reward function is called. `messages`: completions as chat messages (None: where the prompt has them).
 
-    >>> Signature("ours", wanted=frozenset({"completion", "answer"}), messages=False)
+    >>> both = frozenset({"completion", "answer"})
+    >>> Signature("ours", named=both, wanted=both, messages=False)
     """
 
     family: Family
-    wanted: frozenset[str] | None  # the names it takes; None: all there are
+    named: frozenset[str]  # its parameters
+    wanted: frozenset[str] | None  # the names it is given; None: all there are
     messages: bool | None
 
     @property
@@ -153,12 +155,12 @@ def signature_of(where: str, parameters: Mapping[str, Any], options: Mapping[str
     family = _family(where, parameters, names, columns)
     _check_options(where, parameters, names, options, NAMES[family])
     _check_required(where, parameters["required"], family, options, columns)
-    wanted = frozenset(names)
+    named = wanted = frozenset(names)
     if parameters["takes_all"]:  # a stranger's ** takes what its own library would give, and no columns
         stranger = family in ("verl", "verl_lists", "verifiers", "gym")
         sources = {"verl": {"data_source"}, "verl_lists": {"data_sources"}}.get(family, set())
         wanted = frozenset({*names, *NAMES[family], *options, *sources}) if stranger else None
-    return Signature(family, wanted, _messages(family, parameters, names))
+    return Signature(family, named, wanted, _messages(family, parameters, names))
 
 
 def _family(where: str, parameters: Mapping[str, Any], names: list[str], columns: set[str]) -> Family:
