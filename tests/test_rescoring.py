@@ -98,7 +98,7 @@ def test_a_failure_is_no_zero_on_either_side(kept):
         [*rows, row(1, "b", "5", 0.0, 0.0)], {"no_threes": {"fn": "mine.py:no_threes"}, "accuracy": MATH}
     )
     found = rescore(run, config, base_dir=run)
-    assert found.total.before == [1.0, 3] and found.total.after == [2.0, 3] and found.total.failed == 1
+    assert found.total.before == [2.0, 3] and found.total.after == [2.0, 3] and found.total.failed == 1
     assert found.signal == [1, 1], "one of each group failed once"
     assert (
         "warning: 'no_threes' failed on 1 completion: ValueError: three (mine.py:7), first in step 1, row a"
