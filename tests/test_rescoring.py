@@ -95,7 +95,7 @@ def test_groups_are_those_of_the_run_also_when_a_prompt_came_twice_in_a_row(kept
 def test_a_failure_is_no_zero_on_either_side(kept):
     rows = [row(1, "a", "3", 0.0, -0.7), row(1, "a", "4", 1.0, 0.7), row(1, "b", "4", None, 0.0)]
     run, config = kept(
-        [*rows, row(1, "b", "5", 0.0, 0.0)], {"no_threes": {"fn": "mine.py:no_threes"}, "accuracy": MATH}
+        [*rows, row(1, "b", "5", 1.0, 0.0)], {"no_threes": {"fn": "mine.py:no_threes"}, "accuracy": MATH}
     )
     found = rescore(run, config, base_dir=run)
     assert found.total.before == [2.0, 3] and found.total.after == [2.0, 3] and found.total.failed == 1
