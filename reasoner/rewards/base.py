@@ -10,6 +10,7 @@ completions of a group.
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +45,18 @@ class Part:
         return Call(self.name, values, self.timeout_s, (slow,) if slow else (), self.signature.returns)
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A completion that is being judged."""
+
+    parts: tuple[Part, ...]
+    outcomes: tuple[Future[Outcome], ...]
+
+    def score(self) -> Score:
+        """Its Score, once every part has ended."""
+        return _sum(self.parts, [outcome.result() for outcome in self.outcomes])
+
+
 @dataclass(slots=True)
 class Rewards:
     """The rewards of a run. Workers start with the first score; `close()` (or `with`) ends them."""
@@ -65,13 +78,15 @@ class Rewards:
 
         A failing reward raises nothing: see Score.
         """
+        waiting = [self.submit(p, c, only=only) for p, c in zip(prompts, completions, strict=True)]
+        return [one.score() for one in waiting]
+
+    def submit(self, prompt: Prompt, completion: Completion, *, only: str | None = None) -> "Waiting":
+        """The Score-to-be of one completion, which is being judged from now on."""
         if self._pool is None:
             self._pool = Pool(self.setup, self.workers)
-        pairs = list(zip(prompts, completions, strict=True))
-        parts = [part for part in self.parts if only in (None, part.name)]
-        outcomes = self._pool.run([part.call(prompt, completion) for prompt, completion in pairs for part in parts])
-        n = len(parts)
-        return [_sum(parts, outcomes[i * n : (i + 1) * n]) for i in range(len(pairs))]
+        parts = tuple(part for part in self.parts if only in (None, part.name))
+        return Waiting(parts, tuple(self._pool.submit(part.call(prompt, completion)) for part in parts))
 
     def close(self) -> None:
         """End the worker processes; a later score starts new ones."""

@@ -5,7 +5,7 @@ Left out: a judgement of how good a reward is. That a wrong completion earns as 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reasoner.config import nearest
 from reasoner.errors import RewardError
@@ -37,7 +37,8 @@ def rehearse(rewards: Rewards, golds: Sequence[tuple[Prompt, str]], *, accuracy:
     Bad are an empty, a garbled and a long completion, and the next prompt's gold where its answer differs. `accuracy`
     names the part that must give every gold 1.0. Raises RewardError (which part, which row, what came back, what to do)
     if a part fails on any completion, applies to none of them, or if the accuracy part gives a gold less than 1.0.
-    Scores come twice, the second time in reverse order; a difference is a warning.
+    Scores come three times: by the workers of the run, and by one worker alone in this and in reverse order. A
+    difference is a warning.
     """
     if accuracy is not None and accuracy not in rewards.part_names:
         raise RewardError(
@@ -54,11 +55,15 @@ def rehearse(rewards: Rewards, golds: Sequence[tuple[Prompt, str]], *, accuracy:
     _check_applies(rewards, scores)
     if accuracy is not None:
         _check_golds(accuracy, golds, scores[: len(golds)])
-    again = rewards.score(prompts[::-1], completions[::-1])[::-1]
-    changed = [case.what for first, second, case in zip(scores, again, cases, strict=True) if first != second]
+    with replace(rewards, workers=1) as alone:  # one process sees it all, so that what it remembers shows
+        again = [alone.score(prompts, completions), alone.score(prompts[::-1], completions[::-1])[::-1]]
+    changed = [case.what for case, first, *others in zip(cases, scores, *again, strict=True) if others != [first] * 2]
     warnings = _order_warnings(scores, cases)
     if changed:
-        warnings.append(f"scored twice, {changed[0]} got two scores: a reward should depend on its arguments alone")
+        warnings.append(
+            f"scored three times, {changed[0]} got different scores: a reward should depend on its arguments alone, "
+            "not on what was scored before, the process or chance"
+        )
     return warnings
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reward_pool import measure
 from reasoner.config import RewardPart
-from reasoner.rewards.pool import Call, Failure, Pool, Setup, Worker
+from reasoner.rewards.pool import Call, Failure, Outcome, Pool, Setup, Worker
 
 BOMBS = [
     r"\boxed{9^{9^9}}",
@@ -39,6 +40,10 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def outcomes(pool: Pool, *calls: Call) -> list[Outcome]:
+    return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def test_e2_bombs_cost_themselves_only(load, make_prompt, make_completion):
@@ -98,6 +103,54 @@ def test_e2_hangs_deaths_and_floods_are_failures_and_the_pool_lives_on(score):
     )  # G3: SIGINT is the parent's
     assert scores["read"].parts == {"part": 0.0}
     assert not any(scores[text].parts for text in ("sleep", "spin", "die", "leave", "exit", "flood"))
+
+
+def test_calls_that_hang_leave_their_places_to_others(load, make_prompt, make_completion, tmp_path):
+    """Four on two workers wait for what only a later call does: a pool that keeps their places can't get there."""
+    marker = str(tmp_path / "reached")
+
+    def wait(completion):
+        import time
+        from pathlib import Path
+
+        if completion == "release":
+            Path(marker).touch()
+        while completion == "wait" and not Path(marker).exists():
+            time.sleep(0.02)
+        return 1.0
+
+    rewards = load({"part": RewardPart(fn="wait", timeout_s=15.0)}, workers=2, wait=wait)
+    texts = ["wait", "wait", "fine", "wait", "wait", *["fine"] * 20, "release"]
+    rewards.score([make_prompt("")], [make_completion("fine")])  # what is odd is told by what came before
+    scores = rewards.score([make_prompt("")] * len(texts), [make_completion(text) for text in texts])
+    assert [score.parts for score in scores] == [{"part": 1.0}] * len(texts)
+    assert rewards._pool is not None and sum(worker.running for worker in rewards._pool._workers) <= 2
+
+
+def test_the_benchmark_s_bombs_touch_no_other_score():
+    found = measure(64, timeout_s=1.0, rounds=1)
+    assert found["wrong_scores"] == 0 and len(found["bombs"]) == 8
+    assert all(isinstance(outcome, str) for outcome in found["bombs"].values())  # a failure each, and no value
+    timed_out = {name for name, outcome in found["bombs"].items() if outcome == "timed out after 1 s"}
+    assert timed_out >= {"power", "regex", "loop", "printing"}
+    assert found["bombs"]["memory"].startswith("MemoryError") and "died (signal 6)" in found["bombs"]["crash"]
+
+
+def test_what_a_call_prints_is_shown_up_to_a_limit(score, capfd):
+    def talk(completion):
+        print("said" * 100_000 if completion == "much" else completion, flush=True)
+        return 1.0
+
+    assert [s.total for s in score(talk, ["a few words", "much", "and after it"])] == [1.0] * 3
+    seen = ""
+
+    def all_there():
+        nonlocal seen
+        seen += capfd.readouterr().err
+        return "and after it" in seen
+
+    assert wait_until(all_there)
+    assert "a few words" in seen and "printed more than 64 KiB" in seen and len(seen) < 70_000
 
 
 def test_kill_9_of_a_worker_in_mid_call(load, make_prompt, make_completion, tmp_path):
@@ -306,9 +359,9 @@ def test_a_worker_that_can_not_start_again_is_a_failure(tmp_path):
     module.write_text("import os\ndef score(completion): os._exit(1)\n")
     pool = Pool(Setup({"part": ("module", "gone_module", "score", b"")}, (str(tmp_path), *sys.path)), 1)
     try:
-        assert pool.run([Call("part", {"completion": ""}, 10.0)]) == [Failure("its process ended (exit code 1)")]
+        assert outcomes(pool, Call("part", {"completion": ""}, 10.0)) == [Failure("its process ended (exit code 1)")]
         module.unlink()
-        (outcome,) = pool.run([Call("part", {"completion": ""}, 10.0)])
+        (outcome,) = outcomes(pool, Call("part", {"completion": ""}, 10.0))
         assert isinstance(outcome, Failure)
         assert "could not be started again: ModuleNotFoundError" in outcome.reason
     finally:
@@ -327,8 +380,8 @@ def test_slow_imports_of_a_built_in_are_outside_the_limit(tmp_path):
     (tmp_path / "my_module.py").write_text("def score(completion):\n    import slow_module\n    return 1\n")
     pool = Pool(Setup({"part": ("module", "my_module", "score", b"")}, (str(tmp_path), *sys.path)), 1)
     try:
-        assert pool.run([Call("part", {"completion": ""}, 2.0, imports=("slow_module",))] * 2) == [1.0, 1.0]
-        (outcome,) = pool.run([Call("part", {"completion": ""}, 2.0, imports=("no_such_module",))])
+        assert outcomes(pool, *[Call("part", {"completion": ""}, 2.0, imports=("slow_module",))] * 2) == [1.0, 1.0]
+        (outcome,) = outcomes(pool, Call("part", {"completion": ""}, 2.0, imports=("no_such_module",)))
         assert outcome == Failure("ModuleNotFoundError: No module named 'no_such_module'")
     finally:
         pool.close()

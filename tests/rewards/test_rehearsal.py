@@ -88,10 +88,34 @@ def test_a_swapped_gold_is_a_wrong_completion(load, golds):
     assert rehearse(load({"accuracy": "math"}), alike, accuracy="accuracy") == []
 
 
-def test_e12_a_reward_with_a_memory_is_a_warning(load, golds):
-    def count(completion, seen=[]):  # noqa: B006
-        seen.append(completion)
-        return 1.0 + 0.01 * len(seen)
+def count(completion, seen=[]):  # noqa: B006
+    seen.append(completion)
+    return 1.0 + 0.01 * len(seen)
 
-    warnings = rehearse(load({"part": "count"}, workers=1, count=count), golds)
-    assert "got two scores" in warnings[-1]
+
+def new_texts_only(completion, seen=set()):  # noqa: B006
+    new = completion not in seen
+    seen.add(completion)
+    return 1.0 if new else 0.0
+
+
+def longer_than_the_last(completion, last=[""]):  # noqa: B006
+    longer = len(completion) > len(last[0])
+    last[0] = completion
+    return float(longer)
+
+
+def by_process(completion):
+    return hash(completion) % 1000 / 1000  # seeded anew in every process
+
+
+def by_chance(completion):
+    import random
+
+    return random.random()
+
+
+@pytest.mark.parametrize("function", [count, new_texts_only, longer_than_the_last, by_process, by_chance])
+def test_e12_a_reward_that_depends_on_more_than_its_arguments_is_a_warning(load, golds, function):
+    warnings = rehearse(load({"part": "f"}, f=function), golds)
+    assert "got different scores: a reward should depend on its arguments alone" in warnings[-1]
