@@ -165,7 +165,7 @@ class Pipeline:
         if not world.is_main() or not measured:
             return
         try:
-            write_report([folder.path], folder.path / REPORT)
+            signs = write_report([folder.path], folder.path / REPORT)
         except ReasonerError as error:
             console.say(f"no report: {error}; write it later with: python -m reasoner report run={folder.path}")
         except Exception as error:  # noqa: BLE001 - a mistake in a page must not cost the exit code of a night's training
@@ -176,6 +176,8 @@ class Pipeline:
                 f"report this with {kept}"
             )
         else:
+            for sign in signs:
+                console.say(f"warning: {sign[0].lower()}{sign[1:]}; the report tells more")
             console.say(f"report: {folder.path / REPORT}")
 
     def _say_choices(self, console: Console) -> None:

@@ -30,4 +30,6 @@ def report(settings: Sequence[str]) -> Path:
             to = Path(value).expanduser()
     if not runs:
         raise ConfigError("report needs a run's folder: python -m reasoner report run=outputs/NAME/DATE_TIME")
-    return write_report(runs, to or (runs[0] / REPORT if len(runs) == 1 else Path(COMPARISON)))
+    to = to or (runs[0] / REPORT if len(runs) == 1 else Path(COMPARISON))
+    write_report(runs, to)
+    return to

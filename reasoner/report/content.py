@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -58,7 +59,7 @@ def run_content(source: Source, budget: float) -> dict[str, Any]:
         "evaluations": _evaluations(source),
         "changes": changes,
         "flags": [
-            *(flags(grpo, chosen.read, accuracy=practice or (whole if len(of_main) == 1 else None)) if grpo else []),
+            *_flags(source, grpo, chosen, practice or (whole if len(of_main) == 1 else None)),
             *_remarks(source),
         ],
         "curves": {stage: curves(source.steps(stage)) for stage in NAMES},
@@ -70,6 +71,21 @@ def run_content(source: Source, budget: float) -> dict[str, Any]:
         "versions": dict(summary.get("versions") or {}),
         "notes": list(summary.get("notes") or []),
     }
+
+
+def _flags(
+    source: Source, grpo: Sequence[Row], chosen: Chosen, accuracy: Mapping[str, Any] | None
+) -> list[dict[str, str]]:
+    if not grpo:
+        return []
+    settings = dict(leaves(source.config))
+    weights = {
+        match[1]: float(weight)
+        for key, weight in settings.items()
+        if (match := re.fullmatch(r"reward\.parts\.(.+)\.weight", key)) and isinstance(weight, int | float)
+    }
+    right = settings.get("evaluate.accuracy") or ("accuracy" if "accuracy" in weights else next(iter(weights), None))
+    return flags(grpo, chosen.read, accuracy=accuracy, weights=weights, right=right)
 
 
 def _remarks(source: Source) -> list[dict[str, str]]:

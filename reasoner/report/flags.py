@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from reasoner.console import FIRST_STEPS, hints, percent
+from reasoner.report import drives
 from reasoner.report.chosen import Row
 
 TENTH = 10  # the first and the last tenth of the steps are compared, at least 3 steps each
@@ -33,14 +34,33 @@ DIFFERENT = 3  # answers at least that the prompts of one and the same completio
 Flag = dict[str, str]
 
 
-def flags(rows: Sequence[Row], completions: Sequence[Row], *, accuracy: Mapping[str, Any] | None) -> list[Flag]:
+def flags(
+    rows: Sequence[Row],
+    completions: Sequence[Row],
+    *,
+    accuracy: Mapping[str, Any] | None,
+    weights: Mapping[str, float],
+    right: str | None,
+) -> list[Flag]:
     """`{"tone": bad|note, "title", "text"}` of each sign in the GRPO stage.
 
     `rows` are its metrics, `completions` rows of completions.jsonl, `accuracy` the change of held-out accuracy over the
-    stage as verdict.change gives it, None if it was not measured.
+    stage as verdict.change gives it, None if it was not measured; `weights` the weights of the reward's parts, of which
+    `right` says whether an answer is right.
     """
-    found = [*_reward_without_gain(rows, accuracy), *_length(rows, accuracy), *_texts(completions)]
-    return [*found, *_hints(rows)]
+    early, late = _ends(completions)
+    found = [*_reward_without_gain(rows, accuracy), *_length(rows, accuracy)]
+    found += [*drives.one_part(late, weights, right), *drives.length(late, right), *drives.phrase(early, late)]
+    return [*found, *_texts(late), *_hints(rows)]
+
+
+def _ends(completions: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The completions of the first and of the last quarter of the steps."""
+    positions = sorted({(row["stage_index"], row["step"]) for row in completions})
+    n = max(1, len(positions) // 4)
+    first, last = set(positions[:n]), set(positions[-n:])
+    at = [(row, (row["stage_index"], row["step"])) for row in completions]
+    return [row for row, place in at if place in first], [row for row, place in at if place in last]
 
 
 def tenths(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]] | None:
@@ -118,10 +138,7 @@ def repeated_share(text: str) -> float:
     return 1 - len(set(grams)) / len(grams)
 
 
-def _texts(completions: Sequence[Row]) -> Iterator[Flag]:
-    positions = sorted({(row["stage_index"], row["step"]) for row in completions})
-    late = set(positions[-max(1, len(positions) // 4) :])
-    rows = [row for row in completions if (row["stage_index"], row["step"]) in late]
+def _texts(rows: Sequence[Row]) -> Iterator[Flag]:
     if not rows:
         return
     looping = sum(repeated_share(row["completion"]) > REPEATED for row in rows) / len(rows)

@@ -8,8 +8,9 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reasoner import disk
 from reasoner.errors import ConfigError
@@ -26,24 +27,30 @@ SCRIPTS = ("format", "charts", "sections", "texts", "page")  # of page/, in this
 LICENCE = "uPlot (https://github.com/leeoniya/uPlot), MIT licence"
 
 
-def write_report(runs: Sequence[Path], to: Path) -> Path:
-    """Write the page about one run, or about several against the first. Returns `to`.
+def write_report(runs: Sequence[Path], to: Path) -> list[str]:
+    """Write the page about one run, or about several against the first, into `to`. Returns the titles of the bad signs
+    that it flags.
 
     Raises RunFolderError where a folder holds no run, a file of it is damaged, or the disk refuses; ConfigError for too
     many runs or the same one twice.
     """
     if len({run.resolve() for run in runs}) < len(runs) or len(runs) > MAX_RUNS:
         raise ConfigError(f"report takes up to {MAX_RUNS} different runs, not {' '.join(f'run={run}' for run in runs)}")
+    data = gather(runs)
     try:
-        disk.replace(to, page(runs))
+        disk.replace(to, page(data))
     except OSError as error:
         raise disk.refusal(error, f"write {to}", "choose another file with to=FILE") from error
-    return to
+    return [flag["title"] for run in data["runs"] for flag in run["flags"] if flag["tone"] == "bad"]
 
 
-def page(runs: Sequence[Path]) -> bytes:
-    """The page's bytes, UTF-8."""
-    data = Redactor.from_environment().tree(content([read_source(run) for run in runs]))
+def gather(runs: Sequence[Path]) -> dict[str, Any]:
+    """What content.py finds in the runs, without what looks like a secret."""
+    return Redactor.from_environment().tree(content([read_source(run) for run in runs]))
+
+
+def page(data: Mapping[str, Any]) -> bytes:
+    """The page's bytes, UTF-8, of what was gathered."""
     style = _read("uplot/uPlot.min.css") + _read("page/page.css")
     library = f"/*! {LICENCE}\n{_read('uplot/LICENSE')}*/\n{_read('uplot/uPlot.iife.min.js')}"
     own = "(() => {\n'use strict';\n" + "\n".join(_read(f"page/{name}.js") for name in SCRIPTS) + "\n})();"

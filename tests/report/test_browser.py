@@ -51,10 +51,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_run(folder / "long", steps=1000, prompts=4, completions=4, words=200, planted=PLANTED)
     write_run(folder / "short", steps=20, prompts=4, completions=4, words=20, problems=200)
     both = [folder / "long", folder / "short"]
-    return {
-        "one": write_report(both[:1], folder / "one.html"),
-        "two": write_report(both, folder / "two.html"),
-    }
+    found = {"one": folder / "one.html", "two": folder / "two.html"}
+    write_report(both[:1], found["one"])
+    write_report(both, found["two"])
+    return found
 
 
 def show(browser, page: Path, *, width: int = 1200, dark: bool = False) -> None:

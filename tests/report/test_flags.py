@@ -1,12 +1,16 @@
 """Each sign of a policy that games its reward is raised where it is there, and not on a healthy run."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.report_page import write_run
 from reasoner.evaluate import ProblemResult, SetResult
 from reasoner.report.flags import flags, moved, repeated_share
 from reasoner.report.verdict import change, comparison, headline
+from reasoner.report.write import write_report
 
 UP = {"verdict": "up", "points": 5.0, "low": 2.0, "high": 8.0}
 FLAT = {"verdict": "unclear", "points": 0.3, "low": -2.0, "high": 2.5}
@@ -28,16 +32,19 @@ def rows(**columns: tuple[float, float]) -> list[dict[str, Any]]:
 
 
 def completions(text: str, share: float = 1.0) -> list[dict[str, Any]]:
-    """Of 40 steps with 10 completions each: `share` of them are this text, the others all different."""
+    """Of 40 steps with 10 completions each: `share` of them are this text, the others all different. Every other one is
+    right, and they have 10 to 19 tokens."""
     return [
-        {"stage_index": 1, "step": step, "answer": str(i), "completion": text if i < 10 * share else f"{step} and {i}"}
+        {"stage_index": 1, "step": step, "id": f"{step}:{i // 5}", "prompt": "?", "answer": str(i), "tokens": 10 + i}
+        | {"completion": text if i < 10 * share else f"{step} and {i}", "reward": i % 2, "parts": {"accuracy": i % 2}}
         for step in range(1, 41)
         for i in range(10)
     ]
 
 
 def titles(metrics: list, texts: list = [], accuracy: dict | None = UP) -> list[str]:  # noqa: B006 - not changed
-    return [flag["title"] for flag in flags(metrics, texts, accuracy=accuracy)]
+    weights = {"accuracy": 1.0, "format": 0.5}
+    return [flag["title"] for flag in flags(metrics, texts, accuracy=accuracy, weights=weights, right="accuracy")]
 
 
 def test_a_healthy_run_has_none() -> None:
@@ -84,6 +91,51 @@ def test_loops() -> None:
     assert repeated_share("one two three") == 0.0
     assert repeated_share(" ".join(f"word{i}" for i in range(50))) == 0.0
     assert "Late completions repeat themselves" in titles(rows(), completions(loop, 0.3))
+
+
+def formed(row: dict[str, Any], right: int, form: float) -> dict[str, Any]:
+    return row | {"reward": right + 0.5 * form, "parts": {"accuracy": right, "format": form}}
+
+
+def test_one_part_that_makes_the_differences() -> None:
+    flagged = "Practice learns mostly one part of the reward"
+    both = [formed(row, i % 2, (i // 2) % 2) for i, row in enumerate(completions("no", 0.0))]
+    assert flagged not in titles(rows(), both)
+    form = [formed(row, int(i % 50 == 0), i % 2) for i, row in enumerate(completions("no", 0.0))]
+    assert flagged in titles(rows(), form)
+    early = [formed(row, i % 2, 0) if row["step"] > 20 else form[i] for i, row in enumerate(form)]
+    assert flagged not in titles(rows(), early)
+    solved = [row | {"parts": {"accuracy": row["step"] % 2, "format": 1}, "reward": 1.5} for row in both]
+    assert flagged not in titles(rows(), solved), "what differs between prompts teaches nothing"
+
+
+def test_length_that_pays() -> None:
+    plain = completions("no", 0.0)
+    longer = [row | {"reward": row["reward"] + 0.01 * row["tokens"]} for row in plain]
+    shorter = [row | {"reward": row["reward"] - 0.01 * row["tokens"]} for row in plain]
+    right = [row | {"tokens": 10 + 5 * row["reward"]} for row in plain]
+    unfit = [row | {"reward": None} for row in longer]
+    found = [
+        [title for title in titles(rows(), texts) if "completions earn more" in title] for texts in (longer, shorter)
+    ]
+    assert found == [["Longer completions earn more"], ["Shorter completions earn more"]]
+    assert titles(rows(), right) == [], "right answers that are longer are no trick"
+    assert titles(rows(), unfit) == []
+
+
+def test_a_phrase_that_spread() -> None:
+    flagged = "A phrase spread over the completions"
+    boast = "this answer is surely right as every expert would confirm"
+    late = [
+        row | ({"completion": f"{row['step']} {boast}"} if row["step"] > 15 else {}) for row in completions("", 0.0)
+    ]
+    assert flagged in titles(rows(), late)
+    assert flagged not in titles(rows(), [row | {"completion": f"{row['step']} {boast}"} for row in late]), (
+        "always there"
+    )
+    assert flagged not in titles(rows(), [row | {"prompt": f"say {boast}"} for row in late]), "it was asked for"
+    some = [row | ({"completion": f"{i} no"} if i % 2 else {}) for i, row in enumerate(late)]
+    assert flagged not in titles(rows(), some), "half is not most"
 
 
 def test_noise_is_no_movement() -> None:
@@ -137,3 +189,12 @@ def test_problems_are_the_same_by_what_they_ask_and_not_by_their_number() -> Non
     found = change("a", "b", asked("xyz", "110"), asked("zyxw", "1001"))
     assert found is not None
     assert (found["problems"], found["gained"], found["lost"]) == (3, 1, 2)
+
+
+def test_the_console_is_given_what_is_bad(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", steps=40, prompts=4, completions=4, words=20)
+    assert write_report([tmp_path / "run"], tmp_path / "page.html") == []
+    lines = [json.loads(line) for line in (tmp_path / "run/completions.jsonl").read_text().splitlines()]
+    said = [json.dumps(line | {"completion": "no"}) + "\n" for line in lines]
+    (tmp_path / "run/completions.jsonl").write_text("".join(said))
+    assert write_report([tmp_path / "run"], tmp_path / "page.html") == ["The same completion answers many prompts"]

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.report_page import PLANTED, write_run
 from reasoner.__main__ import main
 from reasoner.errors import ConfigError, RunFolderError
-from reasoner.report.write import HERE, page, write_report
+from reasoner.report.write import HERE, gather, page, write_report
 
 UPLOT_SHA256 = "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
 
@@ -29,8 +29,12 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def page_of(runs: list[Path]) -> bytes:
+    return page(gather(runs))
+
+
 def test_only_the_page_s_own_scripts_may_run(made_up: Path) -> None:
-    text = page([made_up]).decode()
+    text = page_of([made_up]).decode()
     scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
     hashes = {base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts}
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
@@ -56,7 +60,8 @@ def test_the_charting_library_is_the_published_file_with_its_licence() -> None:
 
 def test_a_long_run_is_sampled_and_the_page_says_so(tmp_path: Path) -> None:
     write_run(tmp_path / "run", steps=300, prompts=16, completions=4, words=400)
-    written = write_report([tmp_path / "run"], tmp_path / "report.html")
+    written = tmp_path / "report.html"
+    write_report([tmp_path / "run"], written)
     assert written.stat().st_size < 3_000_000
     found = data_of(written.read_text())["runs"][0]["completions"]
     assert (found["total"], found["all_steps"], found["read_steps"]) == (19_200, 300, 60)
@@ -69,7 +74,7 @@ def test_a_long_run_is_sampled_and_the_page_says_so(tmp_path: Path) -> None:
 
 def test_g8_a_secret_never_reaches_the_page(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "keeps them all")
-    text = page([made_up]).decode()
+    text = page_of([made_up]).decode()
     assert (
         "keeps them all" not in text and "<redacted>" in data_of(text)["runs"][0]["completions"]["prompts"][0]["text"]
     )
@@ -90,7 +95,7 @@ def test_a_damaged_line_names_its_file(tmp_path: Path) -> None:
     for damaged in (b"{", lines[4][:-9]):
         (tmp_path / "run" / "completions.jsonl").write_bytes(b"\n".join([*lines[:4], damaged, *lines[5:]]))
         with pytest.raises(RunFolderError, match=r"completions\.jsonl is damaged at byte"):
-            page([tmp_path / "run"])
+            page_of([tmp_path / "run"])
 
 
 DAMAGED = [
@@ -146,8 +151,8 @@ def test_a_run_from_before_a_key_existed_has_its_page(tmp_path: Path, small: Pat
     rows = json.loads((run / "eval.json").read_text())
     rows = [{key: row[key] for key in ("row", "stage_index", "set", "greedy_accuracy")} for row in rows]
     (run / "eval.json").write_text(json.dumps([*rows, {**rows[-1], "step": 2}]))
-    (now,) = data_of(page([small]).decode())["runs"]
-    (then,) = data_of(page([run]).decode())["runs"]
+    (now,) = data_of(page_of([small]).decode())["runs"]
+    (then,) = data_of(page_of([run]).decode())["runs"]
     assert then["changes"] == now["changes"] != []
     assert then["problems"][0]["items"][0]["prompt"] is None
 
@@ -158,18 +163,18 @@ def test_a_run_that_was_killed_is_shown_as_far_as_it_came(tmp_path: Path) -> Non
         (tmp_path / "run" / name).unlink()
     with (tmp_path / "run" / "completions.jsonl").open("a") as file:
         file.write('{"stage": "gr')
-    (run,) = data_of(page([tmp_path / "run"]).decode())["runs"]
+    (run,) = data_of(page_of([tmp_path / "run"]).decode())["runs"]
     assert run["status"] == "not finished" and run["completions"]["total"] == 12
     assert run["headline"]["title"] == "No before and after to compare"
     (tmp_path / "run" / "completions.jsonl").unlink()
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    (run,) = data_of(page([tmp_path / "run"]).decode())["runs"]
+    (run,) = data_of(page_of([tmp_path / "run"]).decode())["runs"]
     assert run["completions"]["items"] == [] and run["flags"] == []
 
 
 def test_runs_are_compared_on_the_problems_that_both_answered(tmp_path: Path, made_up: Path) -> None:
     write_run(tmp_path / "other", steps=5, prompts=2, completions=2, words=9, problems=40)
-    (against,) = data_of(page([made_up, tmp_path / "other"]).decode())["against"]
+    (against,) = data_of(page_of([made_up, tmp_path / "other"]).decode())["against"]
     assert against["changes"][0]["problems"] == 40, "those of 300 that the other run has too"
     assert ["name", "made " + PLANTED, "made "] not in against["settings"]
     assert {item["kind"] for item in against["problems"]["items"]} <= {"lost", "gained", "both", "neither"}
