@@ -176,6 +176,8 @@ def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) ->
         console.say(f"warning: {line}")
     worked = _worked(task)
     earned = _earned(rewards, worked, part)
+    for line in rewards.costs():
+        console.say(f"{line} (the rehearsal)")
     if strict and earned < len(worked):
         console.say(
             f"note: {len(worked)} worked examples earn {earned:g} from the reward part '{part}': SFT will teach what "

@@ -9,7 +9,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -20,6 +20,7 @@ STRICT = ConfigDict(extra="forbid")
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Stage = Literal["evaluate", "sft", "grpo", "export"]
+T = TypeVar("T")
 Node = dict[str, Any]  # an open `_target_` node, made by build()
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -263,10 +264,17 @@ def data_of(config: Config, node: Mapping[str, Any], where: str) -> Data:
     base = {f.name: getattr(config.data, f.name) for f in fields(config.data)}
     if "name" in node and "path" not in node:
         base["path"] = None
+    return checked(Data, {**base, **node}, where)
+
+
+def checked(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The values of an open section as one of these dataclasses. Raises ConfigError as `validate` does, with `where`
+    before the key.
+    """
     try:
-        return TypeAdapter(Data).validate_python({**base, **node})
+        return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(_explain(error, prefix=where, root=Data)) from None
+        raise ConfigError(_explain(error, prefix=where, root=kind)) from None
 
 
 def _data_nodes(config: Config) -> list[tuple[str, Mapping[str, Any]]]:

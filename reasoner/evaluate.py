@@ -12,6 +12,7 @@ from typing import Any
 
 from reasoner import world
 from reasoner.config import Config
+from reasoner.errors import GuardTripped
 from reasoner.intervals import Gain, majority_at_k, pass_at_k, wilson
 from reasoner.rewards.answers import after_thinking, final_answer, number, plain
 from reasoner.rewards.base import Rewards
@@ -180,33 +181,46 @@ class Evaluator:
         """The result of every set. Each rank answers its share of the problems; all get the whole result.
 
         `progress` is called with how far it is after every piece; what it raises ends the evaluation. Of each set at
-        most `problems` are answered, and at most evaluate.problems.
+        most `problems` are answered, and at most evaluate.problems. Raises GuardTripped where too many rewards failed:
+        a failure is no verdict, and is counted as wrong.
         """
         results = {}
         for name, all_prompts in sets.items():
             prompts = all_prompts[: self.config.evaluate.problems][:problems]
             mine = prompts[world.rank() :: world.size()]
             found = self._answer(engine, mine, policy_step, lambda done, name=name: progress(f"{name} {done}"))
-            by_id = {problem.id: problem for share in world.gather_over_ranks(found) for problem in share}
+            shares = world.gather_over_ranks(found)
+            by_id = {problem.id: problem for share, _ in shares for problem in share}
+            self._guard(name, list(by_id.values()), [reason for _, reasons in shares for reason in reasons])
             results[name] = SetResult(name, tuple(by_id[prompt.id] for prompt in prompts))
         return results
 
     def _answer(
         self, engine: Engine, prompts: Sequence[Prompt], policy_step: int, progress: Callable[[str], None]
-    ) -> list[ProblemResult]:
+    ) -> tuple[list[ProblemResult], list[str]]:
+        """The results, and why completions could not be judged, a reason each."""
         samples = self.config.evaluate.samples
         # No more at once than fit: steps that admit new ones beside those under way run without a CUDA graph.
         width = max(1, self.config.rollout.max_sequences // max(1, samples))
         results: list[ProblemResult] = []
+        failures: list[str] = []
         for start in range(0, len(prompts), width):
             piece = prompts[start : start + width]
             greedy = [one for (one,) in self._generate(engine, piece, 0.0, 1, policy_step)]
             drawn: list[list[Completion]] = [[] for _ in piece]
             if samples:
                 drawn = self._generate(engine, piece, self.config.evaluate.temperature, samples, policy_step)
-            results += self._judge(piece, greedy, drawn)
+            results += self._judge(piece, greedy, drawn, failures)
             progress(f"{len(results)}/{len(prompts)}")
-        return results
+        return results, failures
+
+    def _guard(self, name: str, results: Sequence[ProblemResult], failures: Sequence[str]) -> None:
+        judged, limit = sum(1 + problem.samples for problem in results), self.config.reward.max_failed_share
+        if failures and len(failures) > limit * judged:
+            raise GuardTripped(
+                f"{len(failures) / judged:.0%} of the verdicts of '{self.part}' on the set {name} failed, more than "
+                f"reward.max_failed_share={limit}: its accuracy would say nothing; the first: {failures[0]}"
+            )
 
     def _generate(
         self, engine: Engine, prompts: Sequence[Prompt], temperature: float, num: int, policy_step: int
@@ -216,11 +230,16 @@ class Evaluator:
         return engine.generate(prompts, sampling, policy_step=policy_step)
 
     def _judge(
-        self, prompts: Sequence[Prompt], greedy: Sequence[Completion], drawn: Sequence[Sequence[Completion]]
+        self,
+        prompts: Sequence[Prompt],
+        greedy: Sequence[Completion],
+        drawn: Sequence[Sequence[Completion]],
+        failures: list[str],
     ) -> list[ProblemResult]:
         pairs = list(zip(prompts, greedy, strict=True))
         pairs += [(p, c) for p, several in zip(prompts, drawn, strict=True) for c in several]
         scores = self.rewards.score([p for p, _ in pairs], [c for _, c in pairs], only=self.part)
+        failures += [reason for score in scores for reason in score.failures.values()]
         right = [score.parts.get(self.part) == 1.0 for score in scores]
         results, at = [], len(prompts)
         for i, (prompt, completion) in enumerate(zip(prompts, greedy, strict=True)):

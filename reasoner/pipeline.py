@@ -123,6 +123,7 @@ class Pipeline:
         with ExitStack() as closing:  # each, whatever another one raises
             closing.callback(close_all, trackers)
             closing.callback(parts.rewards.close)
+            closing.callback(lambda: [console.say(line) for line in parts.rewards.costs()])
             try:
                 run.go_through(saved)
             except torch.AcceleratorError as error:  # every call to the card would fail, the engine's closing too

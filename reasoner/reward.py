@@ -41,7 +41,7 @@ def try_rewards(config: Config, *, base_dir: Path, say: Say) -> None:
         golds = gold_completions(rewards, task, part)
         tried = try_out(rewards, golds, seed=config.seed)
         say(f"the rewards of conf={config.name}, tried on {len(golds)} rows; no model was loaded")
-        for line in table(tried, rewards):
+        for line in [*table(tried, rewards), *rewards.costs()]:
             say(line)
     for line in notes(tried):
         say(line)

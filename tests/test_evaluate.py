@@ -1,11 +1,16 @@
 """Intervals, pass@k and paired gains against numbers worked out apart from the code."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from reasoner.evaluate import ProblemResult, SetResult, answer_of, paired_gain, problem_hash, short_cells
-from reasoner.types import Prompt
+from reasoner.compose import compose_conf
+from reasoner.config import Reward, RewardPart, validate
+from reasoner.errors import GuardTripped
+from reasoner.evaluate import Evaluator, ProblemResult, SetResult, answer_of, paired_gain, problem_hash, short_cells
+from reasoner.rewards.base import load_rewards
+from reasoner.types import Completion, Prompt
 
 
 def problem(number: int, right: bool, sampled_right: int = 0, samples: int = 8) -> ProblemResult:
@@ -82,3 +87,34 @@ def test_a_problem_is_the_same_in_runs_that_ask_it_in_other_words():
 def test_cells_that_can_group_are_kept():
     row = {"question": "x" * 200, "level": 5, "hard": True, "metadata": {"terms": 3, "deep": {"a": 1}, "list": [1]}}
     assert short_cells(row) == {"level": 5, "hard": True, "metadata": {"terms": 3}}
+
+
+class Parrot:
+    """An engine whose every completion is the same."""
+
+    def generate(self, prompts, sampling, *, policy_step):
+        one = Completion((1,), (True,), (0.0,), "18", "stop", policy_step, policy_step)
+        return [[one] * sampling.num_completions for _ in prompts]
+
+
+def test_failed_verdicts_are_no_wrong_answers_beyond_the_share_that_is_let_pass():
+    config = validate(compose_conf("tiny", ["evaluate.samples=1", "reward.max_failed_share=0.2"]).values)
+
+    def unsure(completion: str, answer: str) -> float:
+        if answer == "19":
+            raise ValueError("no verdict")
+        return float(completion == answer)
+
+    def measured(*golds: str):
+        prompts = [Prompt(f"heldout:{i}", "?", gold, {}, (1,)) for i, gold in enumerate(golds)]
+        return Evaluator(config, rewards, ()).run(
+            Parrot(), {"heldout": prompts}, policy_step=0, progress=lambda _: None
+        )
+
+    reward = Reward({"accuracy": RewardPart(fn="unsure")}, workers=1)
+    with load_rewards(reward, functions={"unsure": unsure}, base_dir=Path.cwd(), columns=set()) as rewards:
+        assert [one.right for one in measured(*["18"] * 4, "19")["heldout"].problems] == [True] * 4 + [False]
+        with pytest.raises(
+            GuardTripped, match=r"^40% of the verdicts of 'accuracy' on the set heldout failed, more than"
+        ):
+            measured("18", "18", "18", "19", "19")

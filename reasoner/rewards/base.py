@@ -14,15 +14,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from reasoner.config import Reward
+from reasoner.config import Reward, RewardPart, checked
 from reasoner.errors import RewardError
 from reasoner.rewards.pool import Call, Failure, Named, Outcome, Pool, Setup
 from reasoner.rewards.signatures import OWN_NAMES as OWN_NAMES  # what data must not name a column
 from reasoner.rewards.signatures import Signature, signature_of
-from reasoner.rewards.sources import BUILTINS, parameters_of, source_of
+from reasoner.rewards.sources import BUILTINS, JUDGE, parameters_of, source_of
 from reasoner.types import Completion, Prompt, Score
+
+if TYPE_CHECKING:
+    from reasoner.rewards.judge import Judge
 
 MAX_DEFAULT_WORKERS = 8
 
@@ -37,6 +40,7 @@ class Part:
     options: Mapping[str, Any]
     signature: Signature
     imports: Mapping[str, str]
+    judge: "Judge | None" = None  # what answers its calls, where that is not a worker
 
     def call(self, prompt: Prompt, completion: Completion) -> Call:
         """The call that scores this completion."""
@@ -83,13 +87,25 @@ class Rewards:
 
     def submit(self, prompt: Prompt, completion: Completion, *, only: str | None = None) -> "Waiting":
         """The Score-to-be of one completion, which is being judged from now on."""
+        parts = tuple(part for part in self.parts if only in (None, part.name))
+        return Waiting(parts, tuple(self._submit(part, part.call(prompt, completion)) for part in parts))
+
+    def _submit(self, part: Part, call: Call) -> Future[Outcome]:
+        if part.judge:
+            return part.judge.submit(call)
         if self._pool is None:
             self._pool = Pool(self.setup, self.workers)
-        parts = tuple(part for part in self.parts if only in (None, part.name))
-        return Waiting(parts, tuple(self._pool.submit(part.call(prompt, completion)) for part in parts))
+        return self._pool.submit(call)
+
+    def costs(self) -> list[str]:
+        """A line on each judge: what it has asked so far."""
+        return [f"the judge of reward part '{part.name}': {part.judge.cost}" for part in self.parts if part.judge]
 
     def close(self) -> None:
-        """End the worker processes; a later score starts new ones."""
+        """End the worker processes and the judges; a later score starts new ones."""
+        for part in self.parts:
+            if part.judge:
+                part.judge.close()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -140,19 +156,39 @@ def load_rewards(
     sources = {
         name: source_of(f"reward.parts.{name}.fn", part.fn, functions or {}, base_dir)
         for name, part in reward.parts.items()
+        if not _is_judge(part, functions)
     }
     # Appended: put first, a user's `math.py` or `dis.py` would stand in for the standard library's.
     folders = [str(Path(source[1]).parent) for source in sources.values() if source[0] == "file"]
     sys_path = dict.fromkeys([*sys.path, *folders, str(base_dir.resolve()), str(Path.cwd())])
     setup = Setup(sources, tuple(sys_path))
-    parameters = parameters_of(setup, names)
+    parameters = parameters_of(setup, names) if sources else {}
     parts = []
     for name, part in reward.parts.items():
+        if _is_judge(part, functions):
+            parts.append(_judged(name, part, columns))
+            continue
         builtin = BUILTINS.get(part.fn) if part.fn not in (functions or {}) else None
         signature = signature_of(names[name], parameters[name], part.options, columns)
         imports = builtin.imports if builtin else {}
         parts.append(Part(name, part.weight, part.timeout_s, part.options, signature, imports))
     return Rewards(tuple(parts), setup, reward.workers or min(MAX_DEFAULT_WORKERS, _cores()))
+
+
+def _is_judge(part: RewardPart, functions: Mapping[str, Callable[..., Any]] | None) -> bool:
+    return part.fn == JUDGE and part.fn not in (functions or {})
+
+
+def _judged(name: str, part: RewardPart, columns: set[str]) -> Part:
+    """A part that a judge answers. Raises RewardError or ConfigError for what is wrong with its options."""
+    from reasoner.rewards.judge import Judge, JudgeOptions  # with a client of HTTP, which other rewards don't need
+
+    where = f"reward.parts.{name}.options"
+    judge = Judge(where, checked(JudgeOptions, part.options, where))
+    judge.rubric.check([*OWN_NAMES, *sorted(columns - set(OWN_NAMES))], f"{where}.rubric")
+    names = judge.rubric.names
+    signature = Signature("ours", named=names, wanted=names, messages=False)
+    return Part(name, part.weight, part.timeout_s, {}, signature, {}, judge)
 
 
 def _cores() -> int:

@@ -47,6 +47,7 @@ BUILTINS = {
     "repetition": Builtin("reasoner.rewards.language", "repetition"),
     "language": Builtin("reasoner.rewards.language", "language"),
 }
+JUDGE = "judge"  # a built-in that no worker runs: base.py asks its endpoint
 HOW = "give file.py:function, module:function or a built-in name"
 ENTRY_POINTS = "reasoner.rewards"  # the group in which an installed package offers rewards by name
 
@@ -69,7 +70,7 @@ def source_of(key: str, fn: str, functions: Mapping[str, Callable[..., Any]], ba
     if not colon and (offered := _entry_point(key, fn)):
         return offered
     if not place or not name:
-        raise RewardError(f"{key}={fn}: {HOW}{nearest(fn, sorted([*BUILTINS, *functions]))}")
+        raise RewardError(f"{key}={fn}: {HOW}{nearest(fn, sorted([*BUILTINS, JUDGE, *functions]))}")
     if not place.endswith(".py"):
         return ("module", place, name, b"")
     tried = [base_dir / place, Path.cwd() / place]

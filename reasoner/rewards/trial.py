@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from reasoner.errors import RewardError
 from reasoner.rewards.base import Rewards
 from reasoner.rewards.rehearsal import completion_of
 from reasoner.types import Prompt, Score
@@ -56,7 +57,10 @@ def completions_to_try(golds: Sequence[tuple[Prompt, str]], seed: int) -> list[t
 
 
 def try_out(rewards: Rewards, golds: Sequence[tuple[Prompt, str]], *, seed: int = 0) -> list[Tried]:
-    """Every completion scored by every part, one call at a time so that the times are a call's own."""
+    """Every completion scored by every part, one call at a time so that the times are a call's own.
+
+    Raises RewardError where a part failed on all of them, which leaves nothing to compare.
+    """
     cases = completions_to_try(golds, seed)
     if cases:
         rewards.score([cases[0][1]], [completion_of(cases[0][2])])  # starts the worker, and loads what a part needs
@@ -70,6 +74,10 @@ def try_out(rewards: Rewards, golds: Sequence[tuple[Prompt, str]], *, seed: int 
         parts = {name: value for score in scores for name, value in score.parts.items()}
         failures = {name: reason for score in scores for name, reason in score.failures.items()}
         tried.append(Tried(kind, prompt, text, Score(sum(score.total for score in scores), parts, failures), ms))
+    for part in rewards.part_names if tried else ():
+        if all(part in case.score.failures for case in tried):
+            first = tried[0].score.failures[part]
+            raise RewardError(f"the reward part '{part}' failed on all {len(tried)} completions tried: {first}")
     return tried
 
 

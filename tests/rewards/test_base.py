@@ -10,7 +10,7 @@ import pytest
 from reasoner.config import Reward, RewardPart
 from reasoner.errors import MissingExtra, RewardError
 from reasoner.rewards.base import load_rewards
-from reasoner.rewards.sources import BUILTINS
+from reasoner.rewards.sources import BUILTINS, JUDGE
 
 REPO = Path(__file__).parents[2]
 
@@ -252,7 +252,7 @@ def test_rewards_that_can_not_be_found(load, tmp_path):
     assert "it is int, not a function" in refused(load, "my_reward.py:limit")
     assert "write my_reward.py:NAME" in refused(load, "my_reward.py")
     assert "did you mean 'math'?" in refused(load, "maths")
-    assert f"there are: {', '.join(sorted(BUILTINS))}" in refused(load, "xyzzy")
+    assert f"there are: {', '.join(sorted([*BUILTINS, JUDGE]))}" in refused(load, "xyzzy")
     assert "ModuleNotFoundError: No module named 'no_such_module'" in refused(load, "no_such_module:score")
 
 

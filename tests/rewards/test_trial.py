@@ -4,6 +4,7 @@ import pytest
 
 from reasoner.__main__ import main
 from reasoner.config import RewardPart
+from reasoner.errors import RewardError
 from reasoner.rewards.trial import KINDS, breaks, completions_to_try, notes, shown, table, try_out
 
 FEW = ["conf=tiny", "data.size=400", "data.heldout=40"]
@@ -67,6 +68,12 @@ def test_the_verb_passes_tiny(capsys):
     said = capsys.readouterr().out
     assert "tried on 8 rows; no model was loaded" in said
     assert said.endswith("every gold completion earns full marks, and every other one less\n")
+
+
+def test_a_part_that_fails_on_everything_is_one_line(load, golds):
+    rewards = load({"accuracy": "math", "part": "f"}, workers=1, f=lambda completion: 1 // 0)
+    with pytest.raises(RewardError, match=r"^the reward part 'part' failed on all \d+ completions tried: ZeroDivision"):
+        try_out(rewards, golds)
 
 
 def test_the_verb_refuses_a_reward_that_pays_for_nothing(tmp_path, capsys, monkeypatch):
