@@ -16,6 +16,7 @@ from reasoner.console import Console
 from reasoner.data.task import Task, load_task
 from reasoner.errors import ConfigError, ModelError
 from reasoner.evaluate import Evaluator, accuracy_part
+from reasoner.grpo.losses import Loss
 from reasoner.memory import MemoryPlan, plan_memory
 from reasoner.models.loading import load_model, load_tokenizer, recompute_layers
 from reasoner.models.nf4 import shape_of
@@ -34,6 +35,8 @@ REHEARSED = 8  # prompts whose gold completions are scored before the model load
 GOLD_FORMS = ("{answer}", "#### {answer}", "\\boxed{{{answer}}}", "<answer>{answer}</answer>")
 NO_CONTEXT_LIMIT = 1 << 30
 
+EngineMaker = Callable[..., Engine]  # called as make(policy, decode, max_context=tokens)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
@@ -48,6 +51,7 @@ class Parts:
     stop_ids: tuple[int, ...]
     evaluator: Evaluator
     memory: MemoryPlan | None  # of the card, where the engine keeps a cache on it
+    loss: Loss | None = None  # in place of grpo.loss
 
 
 def check_before_loading(config: Config) -> None:
@@ -86,6 +90,7 @@ def assemble(
     functions: Mapping[str, Callable[..., Any]],
     rows: Iterable[Mapping[str, Any]] | None,
     console: Console,
+    make_own_engine: EngineMaker | None = None,
 ) -> Parts:
     """All parts of a run, with a line said about each. Raises the InputError of whatever is wrong first."""
     check_before_loading(config)
@@ -116,7 +121,7 @@ def assemble(
             "data.template=plain, or train all weights with model.lora=null"
         )
     try:
-        engine, memory = _sampler(config, policy, task, console)
+        engine, memory = _sampler(config, policy, task, console, make_own_engine)
     except BaseException:
         rewards.close()
         raise
@@ -124,14 +129,20 @@ def assemble(
     return Parts(config, tokenizer, task, rewards, policy, engine, stops, evaluator, memory)
 
 
-def _sampler(config: Config, policy: Policy, task: Task, console: Console) -> tuple[Engine, MemoryPlan | None]:
+def _sampler(
+    config: Config, policy: Policy, task: Task, console: Console, make_own: EngineMaker | None
+) -> tuple[Engine, MemoryPlan | None]:
     """The engine, and how the card's memory is divided where it keeps a cache there."""
+    limit = context_limit(config.model) or NO_CONTEXT_LIMIT
+    if make_own is not None:
+        _recompute(config, policy)
+        engine = make_own(policy, task.template.decode, max_context=limit)
+        console.say(f"rollout.engine: {engine.capabilities.name}, handed in from Python; it plans its own memory")
+        return engine, None
     name, chosen = choose(config, policy)
     console.say(chosen)
-    limit = context_limit(config.model) or NO_CONTEXT_LIMIT
     if name == "hf":
-        if config.model.gradient_checkpointing == "auto" and policy.device.type == "cuda":  # no plan says what fits
-            recompute_layers(policy.base, config.model.name)
+        _recompute(config, policy)
         return make_engine(name, config, policy, task.template.decode, max_context=limit, kv_bytes=0), None
     plan = plan_memory(config, policy, max_context=limit)
     for line in plan.lines():
@@ -141,6 +152,12 @@ def _sampler(config: Config, policy: Policy, task: Task, console: Console) -> tu
         console.say(needed)
     engine = make_engine(name, config, policy, task.template.decode, max_context=plan.longest, kv_bytes=plan.kv_bytes)
     return engine, plan
+
+
+def _recompute(config: Config, policy: Policy) -> None:
+    """`gradient_checkpointing=auto` where no plan says what fits."""
+    if config.model.gradient_checkpointing == "auto" and policy.device.type == "cuda":
+        recompute_layers(policy.base, config.model.name)
 
 
 def _closed(prefill: str) -> str:

@@ -16,13 +16,15 @@ import torch
 import yaml
 
 from reasoner import checkpoint, signals, world
-from reasoner.assembly import assemble
+from reasoner.assembly import EngineMaker, assemble
 from reasoner.compose import compose_conf, leaves, source_of
 from reasoner.config import Config, validate
 from reasoner.console import Console
 from reasoner.errors import ConfigError, GuardTripped, Interrupted, ReasonerError
+from reasoner.grpo.losses import Loss
 from reasoner.intervals import Gain
 from reasoner.redact import Redactor
+from reasoner.report.flags import HINTED
 from reasoner.report.write import REPORT, REPORT_ERROR, write_report
 from reasoner.results import Results
 from reasoner.resume import check_resume
@@ -49,12 +51,19 @@ def train(
     overrides: Sequence[str] = (),
     reward: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
     data: Iterable[Mapping[str, Any]] | None = None,
+    loss: Loss | None = None,
+    engine: EngineMaker | None = None,
+    callback: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> RunResult:
     """Run `conf` (a name or a .yaml file) with overrides as on the command line.
 
     `reward` is a function, or several by name, in place of the conf's own; `data` is an iterable of rows in place of
-    `data.path` and
-    `data.name`. Raises ReasonerError: InputError, GuardTripped or Interrupted.
+    `data.path` and `data.name`; `loss` (LossInputs -> LossOutput) in place of `grpo.loss`; `engine` makes what samples:
+    `engine(policy, decode, max_context=tokens)` gives an Engine. `callback` is called with each row of metrics.jsonl
+    once it is written, on every rank, and may stop the run by raising GuardTripped: the step is saved first, to go on
+    from; what else it raises is passed on.
+    What Python handed in has to be handed in again on resume. Raises ReasonerError: InputError, GuardTripped or
+    Interrupted.
     """
     composed = compose_conf(conf, overrides)
     values = dict(composed.values)
@@ -62,10 +71,25 @@ def train(
     if reward is not None:
         functions = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
         values["reward"] = {**values["reward"], "parts": {name: {"fn": name} for name in functions}}
+    if loss is not None:
+        values["grpo"] = {**values["grpo"], "loss": {"_target_": _named(loss)}}
     pipeline = Pipeline(
-        validate(values), base_dir=composed.folder, sources=composed.sources, functions=functions, rows=data
+        validate(values),
+        base_dir=composed.folder,
+        sources=composed.sources,
+        functions=functions,
+        rows=data,
+        loss=loss,
+        make_own_engine=engine,
+        callback=callback,
     )
     return pipeline.run()
+
+
+def _named(loss: Loss) -> str:
+    """Where a loss is defined, for config.yaml."""
+    kind = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +104,9 @@ class Pipeline:
     wrap_rewards: Callable[[Rewards], Rewards] | None = (
         None  # for controls: what the run scores with, given its rewards
     )
+    loss: Loss | None = None
+    make_own_engine: EngineMaker | None = None
+    callback: Callable[[Mapping[str, Any]], object] | None = None
 
     def run(self) -> RunResult:
         """Go through the stages. A ReasonerError is passed on, after summary.json says how the run ended."""
@@ -112,14 +139,22 @@ class Pipeline:
         results = Results() if saved is None else self._go_on(folder, console, saved)
         folder.write_config(yaml.safe_dump(plain(asdict(self.config)), sort_keys=False, allow_unicode=True))
         self._say_choices(console)
-        parts = assemble(self.config, base_dir=self.base_dir, functions=self.functions, rows=self.rows, console=console)
+        parts = assemble(
+            self.config,
+            base_dir=self.base_dir,
+            functions=self.functions,
+            rows=self.rows,
+            console=console,
+            make_own_engine=self.make_own_engine,
+        )
+        parts = replace(parts, loss=self.loss)
         if self.wrap_rewards:
             parts = replace(parts, rewards=self.wrap_rewards(parts.rewards))
         facts["model_revision"] = parts.policy.revision
         if parts.memory:
             facts["memory_parts"] = parts.memory.parts_gib()
         trackers = make_trackers(self.config.tracking, folder.path, config=plain(asdict(self.config)), say=console.say)
-        run = Run(parts, folder, console, trackers, results, facts["stages"])
+        run = Run(parts, folder, console, trackers, results, facts["stages"], callback=self.callback)
         with ExitStack() as closing:  # each, whatever another one raises
             closing.callback(close_all, trackers)
             closing.callback(parts.rewards.close)
@@ -178,7 +213,8 @@ class Pipeline:
             )
         else:
             for sign in signs:
-                console.say(f"warning: {sign[0].lower()}{sign[1:]}; the report tells more")
+                if sign not in HINTED.values():  # those were said at their steps
+                    console.say(f"warning: {sign[0].lower()}{sign[1:]}; the report tells more")
             console.say(f"report: {folder.path / REPORT}")
 
     def _say_choices(self, console: Console) -> None:

@@ -6,7 +6,7 @@ run (pipeline.py).
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,7 +22,7 @@ from reasoner.checkpoint import Progress
 from reasoner.console import Console
 from reasoner.data.order import Draw, Order
 from reasoner.data.task import VALIDATION
-from reasoner.errors import Interrupted
+from reasoner.errors import GuardTripped, Interrupted
 from reasoner.evaluate import SetResult
 from reasoner.metrics import step_row
 from reasoner.models.loading import load_saved
@@ -57,6 +57,7 @@ class Run:
     trackers: Sequence[Tracker]
     results: Results
     stage_seconds: list[dict[str, Any]]  # grows by a row a finished stage
+    callback: Callable[[Mapping[str, Any]], object] | None = None  # gets each row of metrics.jsonl
     policy_step: int = 0  # updates of the policy so far, over all stages
 
     def go_through(self, saved: Saved | None) -> None:
@@ -108,15 +109,34 @@ class Run:
             torch.manual_seed(derived_seed(self.parts.config.seed, stage_index, step))
             values = stage.step(draw, step + 1, self.policy_step)
             step, self.policy_step = step + 1, self.policy_step + 1
-            self._tell(stage, step_row(name, stage_index, step, self.policy_step, values))
+            row = step_row(name, stage_index, step, self.policy_step, values)
+            self._tell(stage, row)
+            stopped = self._called_back(row)
             signal = signals.agreed()
             measured = self._is_measured(stage, step)
-            if step % self.parts.config.checkpoint.every == 0 or step == stage.num_steps or measured or signal:
+            if (
+                step % self.parts.config.checkpoint.every == 0
+                or step == stage.num_steps
+                or measured
+                or signal
+                or stopped
+            ):
                 self._save(stage, Progress(stage_index, name, step, self.policy_step, draw.cursor))
+            if stopped:
+                raise stopped
             if signal:
                 raise Interrupted(signal, f"interrupted at {name} step {step}; {self.how_to_go_on()}")
             if measured:
                 self._measure(stage, stage_index, step)
+
+    def _called_back(self, row: Mapping[str, Any]) -> GuardTripped | None:
+        """What the callback stops the run by, once this step is saved."""
+        try:
+            if self.callback:
+                self.callback(row)
+        except GuardTripped as stopped:
+            return stopped
+        return None
 
     def _is_measured(self, stage: TrainingStage, step: int) -> bool:
         """Whether the checkpoint of this step takes part in the choice of the best: also the first, which no step of

@@ -122,6 +122,7 @@ def make_trainer(parts: Parts, updater: Updater) -> GRPOTrainer:
         updater=updater,
         stop_ids=parts.stop_ids,
         accuracy_part=parts.evaluator.part,
+        loss=parts.loss,
     )
 
 

@@ -38,6 +38,8 @@ def test_the_examples_are_all_tested():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "custom_reward.py",
         "own_csv.py",
+        "own_loop.py",
+        "own_parts.py",
         "sft_then_grpo.py",
     }
 
@@ -80,3 +82,29 @@ def test_sft_then_grpo_goes_on_from_the_model_that_sft_saved(tmp_path: Path):
     assert warm == base and sft[0]["mean_tokens"] < 8, "a model that SFT never touched runs to the limit of 8 tokens"
     shown = [f"{row['row']} {row['greedy_accuracy']:.1%}" for row in (*sft, *grpo)]
     assert said[-5:] == shown
+
+
+def test_own_parts_are_used(tmp_path: Path):
+    said = run("own_parts.py", tmp_path, "data.size=600", "data.heldout=40", "sft.steps=20", "grpo.steps=50", "out=run")
+    assert "rollout.engine: hf, handed in from Python; it plans its own memory" in said
+    assert any(line.startswith("step 50: reward ") for line in said)
+    greedy_and_sampled = 3 * (40 + 40)  # base, sft and grpo; what was exported samples by itself
+    assert said[-1].endswith(f" after {greedy_and_sampled + 50 * 4:,} prompts")
+    loss = [line for line in (tmp_path / "run/config.yaml").read_text().splitlines() if "reinforce" in line]
+    assert loss == ["    _target_: __main__.reinforce"]
+
+
+def test_an_own_loop_learns_what_the_pipeline_does(tmp_path: Path):
+    reward = f"reward={ROOT / 'tests/tiny_rewards.py'}:close_enough"  # graded, so that there is something to learn
+    small = ("data.size=600", "data.heldout=40", "sft.steps=20", "grpo.optim.lr=1e-3", reward)
+    said = run("own_loop.py", tmp_path, *small)
+    from reasoner import train
+
+    result = train("tiny", overrides=[*SMALL, *small, f"out={tmp_path / 'run'}"])
+    rewards = [row["reward_mean"] for row in lines(tmp_path / "run" / "metrics.jsonl")[20:]]
+    assert 0 < rewards[0] != rewards[1]
+    assert [line for line in said if line.startswith("step ")] == [
+        f"step {i + 1}: {reward:.2f} of 4 groups" for i, reward in enumerate(rewards)
+    ]
+    assert said[-1] == str({"heldout": f"{result.rows[2]['greedy_accuracy']:.1%}"})
+    assert (tmp_path / "outputs/own-loop/model/config.json").exists()

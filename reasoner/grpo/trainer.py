@@ -57,7 +57,9 @@ class GRPOTrainer:
         updater: Updater,
         stop_ids: tuple[int, ...],
         accuracy_part: str,
+        loss: Loss | None = None,
     ):
+        """`loss` stands in place of the one that config.grpo.loss names."""
         self.settings = config.grpo
         self.max_failed_share = config.reward.max_failed_share
         self.policy = policy
@@ -65,7 +67,7 @@ class GRPOTrainer:
         self.rewards = rewards
         self.updater = updater
         self.accuracy_part = accuracy_part
-        self.loss: Loss = build(config.grpo.loss)
+        self.loss: Loss = loss or build(config.grpo.loss)
         self.mismatch = Mismatch(config.grpo.mismatch, config.grpo.mismatch_level, config.grpo.mismatch_cap)
         self.sampling = Sampling(
             config.rollout.temperature,

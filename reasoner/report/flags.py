@@ -21,7 +21,7 @@ NGRAM = 4  # words
 MIN_WORDS = 24  # of a completion that is judged for repetition
 REPEATED = 0.5  # of a completion's n-grams being repeats makes it a loop
 LOOPS, ALIKE = 0.1, 0.2  # shares of the completions that are flagged
-TITLES = {
+HINTED = {
     "gradient": "Steps whose gradient was not finite",
     "failures": "Rewards failed",
     "cut": "Many completions were cut",
@@ -180,6 +180,6 @@ def _hints(rows: Sequence[Row]) -> Iterator[Flag]:
         when = f"Step {first}" if len(steps) == 1 else f"{len(steps):,} of {len(rows):,} steps, from {first} to {last}"
         yield {
             "tone": "bad" if len(steps) > len(rows) / 4 else "note",
-            "title": TITLES[name],
+            "title": HINTED[name],
             "text": f"{when}; the last time: {steps[-1][1]}.",
         }
