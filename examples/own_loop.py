@@ -15,18 +15,15 @@ from reasoner.sft import SFTTrainer
 from reasoner.stages import make_trainer
 from reasoner.update import Updater
 
-OUT = Path("outputs/own-loop")
-
 
 def updater(parts, settings, console):
-    """An optimizer of its own for each stage."""
     return Updater(
         parts.policy.trainable(),
         settings.optim,
         num_steps=settings.steps,
         tokens_per_micro_batch=settings.tokens_per_micro_batch,
         say=console.say,
-        save_bad_batches_to=OUT / "bad_batches",
+        save_bad_batches_to=Path("outputs/own-loop/bad_batches"),
     )
 
 
@@ -40,18 +37,18 @@ def main(overrides: list[str]) -> None:
         for _ in range(config.sft.steps):
             warm.step([parts.task.examples[i] for i in examples.take(config.sft.examples_per_step)])
         parts.policy.train_mode(dropout=False)
-        parts.engine.load_adapter(parts.policy.trainable(), 0)
+        updates = config.sft.steps  # of the policy so far: the engine's draws depend on them
+        parts.engine.load_adapter(parts.policy.trainable(), updates)
         trainer = make_trainer(parts, updater(parts, config.grpo, console))
         prompts = Draw(Order(len(parts.task.prompts), config.seed), cursor=0)
         for step in range(config.grpo.steps):
             drawn = [parts.task.prompts[i] for i in prompts.take(config.grpo.prompts_per_step)]
-            report = trainer.step(drawn, policy_step=step)
+            report = trainer.step(drawn, policy_step=updates + step)
             print(f"step {step + 1}: {report.values['reward_mean']:.2f} of {len(report.judged)} groups")
         parts.policy.eval()
-        found = parts.evaluator.run(
-            parts.engine, parts.task.sets, policy_step=config.grpo.steps, progress=console.status
-        )
-        parts.policy.save(OUT / "model", parts.tokenizer, stop_ids=parts.stop_ids)
+        updates += config.grpo.steps
+        found = parts.evaluator.run(parts.engine, parts.task.sets, policy_step=updates, progress=console.status)
+        parts.policy.save(Path("outputs/own-loop/model"), parts.tokenizer, stop_ids=parts.stop_ids)
         parts.rewards.close()
         parts.engine.close()
     print({name: f"{result.accuracy:.1%}" for name, result in found.items()})

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -108,3 +111,20 @@ def test_an_own_loop_learns_what_the_pipeline_does(tmp_path: Path):
     ]
     assert said[-1] == str({"heldout": f"{result.rows[2]['greedy_accuracy']:.1%}"})
     assert (tmp_path / "outputs/own-loop/model/config.json").exists()
+
+
+def test_the_notebook_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples/tiny.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "what a cell said belongs to whoever runs it"
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = [
+        "".join(o.get("text", "") or o["data"]["text/plain"] for o in cell.outputs)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+    (low,) = re.findall(r"grpo against sft: .* 95% (.*) to", said[2])
+    assert float(low) > 0, "the reward of the second cell is learnt, and the interval shows it"
+    assert [line[:9] for line in said[3].splitlines()[:-1]] == [f"step {step:3}:" for step in range(1, 40, 8)]
+    assert (tmp_path / "outputs/notebook/report.html").exists() and "scored again; no model was loaded" in said[4]
+    assert re.findall(r"\d tokens?\)", said[5])[1:] and "export" in said[5].split("now base and export answer")[1]

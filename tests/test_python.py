@@ -1,5 +1,7 @@
 """What Python hands to `train` beside a conf: a loss, an engine, a callback."""
 
+import ast
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from reasoner import train
 from reasoner.errors import GuardTripped
 from reasoner.grpo.losses import LossInputs, Nll, reduce
 from reasoner.rollout.hf import HfEngine
@@ -73,3 +76,13 @@ def test_a_callback_sees_each_row_once_it_is_written_and_may_stop_the_run(tmp_pa
     again: list[dict] = []
     small(out, f"resume={out}", "checkpoint.every=50", reward=close_enough, callback=again.append)
     assert [row["step"] for row in again] == [4], "the step that it stopped after is kept"
+
+
+def test_the_page_s_call_has_arguments_that_there_are():
+    page = (Path(__file__).parents[1] / "docs/python.md").read_text()
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(page.split("```python\n")[1].split("```")[0]))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "train"
+    ]
+    assert {word.arg for word in call.keywords} == set(inspect.signature(train).parameters) - {"conf"}
