@@ -34,7 +34,7 @@ def one_part(late: Sequence[Row], weights: Mapping[str, float], right: str | Non
         for name, weight in weights.items():
             part = _centred([weight * (row["parts"].get(name) or 0.0) for row in rows])
             shares[name] += sum(a * b for a, b in zip(part, rewards, strict=True))
-    if groups < MIN_GROUPS or right not in weights:
+    if groups < MIN_GROUPS or right is None or right not in weights:
         return
     name = max(shares, key=lambda one: shares[one])
     if name != right and shares[name] > MOSTLY * whole:
