@@ -104,7 +104,7 @@ def make_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeniz
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -126,7 +126,8 @@ def make_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeniz
     return wrapped
 
 
-def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    """The rule that cuts text before the merges, by llama.cpp's name: one of PRE_TOKENIZERS."""
     if pre in ("qwen2", "llama-bpe"):
         words = Regex(QWEN2_WORDS if pre == "qwen2" else LLAMA3_WORDS)
         bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

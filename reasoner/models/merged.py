@@ -23,6 +23,7 @@ from reasoner.models.policy import Policy
 
 SHARD_BYTES = 1 << 30
 Original = Callable[[str], Tensor]  # the weight of a module before it was quantized
+Values = dict[str, tuple[torch.Size, Callable[[], Tensor]]]
 
 
 def write(policy: Policy, folder: Path, *, dtype: torch.dtype, original: Original | None = None) -> None:
@@ -31,12 +32,12 @@ def write(policy: Policy, folder: Path, *, dtype: torch.dtype, original: Origina
     `original`: takes the place of what a quantized matrix dequantizes to. Raises ModelError for a model with experts.
     """
     refuse_experts(policy.base)
-    values = _values(policy, original)
-    shards = _shards({name: size * dtype.itemsize for name, (size, _) in values.items()})
+    found = values(policy, original)
+    shards = _shards({name: shape.numel() * dtype.itemsize for name, (shape, _) in found.items()})
     names = [WHOLE] if len(shards) == 1 else [_name(i, len(shards)) for i in range(len(shards))]
     total = 0
     for file, inside in zip(names, shards, strict=True):
-        tensors = {name: _stored(values[name][1](), dtype) for name in inside}
+        tensors = {name: _stored(found[name][1](), dtype) for name in inside}
         total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / file, {"format": "pt"})
         del tensors
@@ -81,8 +82,9 @@ def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.detach().to("cpu").contiguous()
 
 
-def _values(policy: Policy, original: Original | None) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """Name in the files -> how many numbers it has, and how to make them."""
+def values(policy: Policy, original: Original | None = None) -> Values:
+    """The merged weights by their names in transformers' files, a tied one once: the shape, and how to make the tensor,
+    on the policy's device. None is made before it is asked for."""
     adapted = isinstance(policy.model, PeftModel)
     trained = policy.trainable() if adapted else {}
     matrices: dict[str, dict[str, Tensor]] = {}
@@ -99,14 +101,14 @@ def _values(policy: Policy, original: Original | None) -> dict[str, tuple[int, C
             base = policy.weights.matrix(module) if policy.weights and module in states else weight
         return base if module not in matrices else merge(base, matrices[module], scaling)
 
-    found: dict[str, tuple[int, Callable[[], Tensor]]] = {}
+    found: Values = {}
     for name, weight in (*policy.base.named_parameters(), *_kept_buffers(policy.base)):
         if ".lora_" in name:
             continue
         plain = name.replace(".base_layer.", ".")
         module, _, leaf = plain.rpartition(".")
-        size = states[module].shape.numel() if leaf == "weight" and module in states else weight.numel()
-        found[plain] = (size, (lambda m=module, w=weight: make(m, w)) if leaf == "weight" else (lambda w=weight: w))
+        shape = states[module].shape if leaf == "weight" and module in states else weight.shape
+        found[plain] = (shape, (lambda m=module, w=weight: make(m, w)) if leaf == "weight" else (lambda w=weight: w))
     return found
 
 
