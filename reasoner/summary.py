@@ -14,7 +14,17 @@ from reasoner import __version__
 from reasoner.metrics import peak_gib
 from reasoner.run_folder import SUMMARY
 
-PACKAGES = ("torch", "transformers", "peft", "math-verify", "reasoning-gym", "vllm", "bitsandbytes", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "math-verify",
+    "reasoning-gym",
+    "vllm",
+    "bitsandbytes",
+    "triton",
+    "llama-cpp-python",
+)
 
 
 def summary(status: str, facts: Mapping[str, Any], seconds: float) -> dict[str, Any]:

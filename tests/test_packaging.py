@@ -124,6 +124,17 @@ def test_make_run_fetches_the_model_of_conf_smol_first_and_no_other(conf, fetche
         assert planned.index("sha256sum") < planned.index("-m reasoner")
 
 
+def test_make_test_has_a_step_for_llama_cpp_and_make_run_has_none():
+    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "args")}
+    for target, builds in (("test", True), ("run", False)):
+        command = ["make", "--no-print-directory", "-n", "-B", target]
+        planned = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout
+        assert (".[export]" in planned) == builds
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not [need for need in project["dependencies"] if "llama" in need]
+    assert "export" not in project["optional-dependencies"]["dev"][0], "a quick set-up compiles nothing"
+
+
 def test_every_gpu_package_is_pinned_by_the_gpu_set_to_what_the_extra_allows():
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
     pins = (ROOT / "constraints-gpu.txt").read_text().splitlines()

@@ -120,7 +120,7 @@ class ChatTemplate(Template):
         self.codec = Codec(tokenizer)
         self.name = name
         self.bos = _bos(self.codec) if add_bos else ()
-        self._source = _fix_clock(source, _parse_date(date), name)
+        self.source = _fix_clock(source, _parse_date(date), name)  # the Jinja text, its date fixed
         self._date = date
         self._in_parts = False
         if QUESTION not in self._render([_asked(QUESTION)], generate=True):
@@ -164,9 +164,7 @@ class ChatTemplate(Template):
         ]
         options: dict[str, Any] = {"add_generation_prompt": generate, "date_string": self._date}
         try:
-            text = self.codec.tokenizer.apply_chat_template(
-                turns, chat_template=self._source, tokenize=False, **options
-            )
+            text = self.codec.tokenizer.apply_chat_template(turns, chat_template=self.source, tokenize=False, **options)
         except (TemplateError, TypeError, ValueError) as error:
             raise ModelError(f"the {self.name} can't be rendered: {error}") from None
         return cast(str, text)

@@ -17,17 +17,20 @@ from torch import Tensor
 from reasoner.assembly import NO_CONTEXT_LIMIT, assemble, check_before_loading
 from reasoner.config import Config, data_of, validate
 from reasoner.console import Console
-from reasoner.data.templates import make_template
+from reasoner.data.templates import Template, make_template
 from reasoner.disk import refusal
 from reasoner.disk import replace as replace_file
 from reasoner.errors import ConfigError, GuardTripped, RunFolderError
 from reasoner.evaluation.sets import compose_sets, to_measure
 from reasoner.evaluation.weights import BASE, Weights, weights_of
-from reasoner.export.proof import Drawn, Examiner, Limit, compare, logprobs_of, sentence, tokens_differ
-from reasoner.export.request import ADAPTER, Request
+from reasoner.export import again, gguf_artefact
+from reasoner.export.again import Original
+from reasoner.export.gguf_file import Speech
+from reasoner.export.proof import Answers, Drawn, Examiner, compare, logprobs_of, sentence
+from reasoner.export.request import ADAPTER, GGUF, MERGED, Request
 from reasoner.models import base_files, merged
 from reasoner.models.beside import save_beside
-from reasoner.models.loading import load_merged, load_model, load_tokenizer
+from reasoner.models.loading import load_model, load_tokenizer
 from reasoner.models.policy import Policy
 from reasoner.models.sources import context_limit, first_line, locate
 from reasoner.models.stops import stop_ids
@@ -35,6 +38,7 @@ from reasoner.run_folder import CONFIG
 from reasoner.summary import versions
 
 REPORT = "export.json"
+UNTRIED = "; transformers read the file and no llama.cpp tried it: pip install -e '.[export]' brings one"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +49,26 @@ class Opened:
     tokenizer: Any
     policy: Policy
     stop_ids: tuple[int, ...]
+    template: Template
+
+    @property
+    def speech(self) -> Speech:
+        """How the run asks and where it stops."""
+        return gguf_artefact.speech(self.tokenizer, self.stop_ids, self.template)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What the policy said, and its base of the same rows; None for a model trained whole."""
+
+    drawn: Drawn
+    answers: Answers
+    base: Tensor | None
+
+    @property
+    def effect(self) -> float | None:
+        """How far the adapter moved the base, nats in the mean."""
+        return None if self.base is None else float((self.answers.logprobs - self.base).abs().mean())
 
 
 def export(request: Request, *, functions: Mapping[str, Callable[..., Any]] | None = None, rows: Any = None) -> Path:
@@ -88,39 +112,36 @@ def _proved(
         closing.callback(parts.rewards.close)
         limit = context_limit(config.model) or NO_CONTEXT_LIMIT
         examiner = Examiner(parts.evaluator, parts.task.sets, parts.task.template.decode, limit, request.problems)
-        opened = Opened(config, parts.tokenizer, parts.policy, parts.stop_ids)
+        opened = Opened(config, parts.tokenizer, parts.policy, parts.stop_ids, parts.task.template)
         del parts
         chosen.load(opened)
         told = _write(request, opened, chosen, console)
         console.status("the policy answers")
         policy = opened.policy
-        drawn = examiner.draw(policy)
-        before = examiner.ask(policy, drawn)
-        base = _untrained(policy, drawn)
-        dtypes, device, tokenizer, stops = [policy.head_weight.dtype], policy.device, opened.tokenizer, opened.stop_ids
-        if request.to == ADAPTER:
-            _reload(policy, request.out)
-        else:
-            del opened, policy  # their memory is wanted for the artefact
-            gc.collect()
-            torch.cuda.empty_cache()
-            dtypes.append(getattr(torch, told["dtype"]))
-            # On a CPU bfloat16 sums are slow, and say nothing of the files.
-            computed = told["dtype"] if device.type == "cuda" else "float32"
-            policy = load_merged(request.out, tokenizer, dtype=computed, device=device)
+        asked = _ask(examiner, policy)
+        keeps = policy if request.to == ADAPTER else None
+        of = Original(opened.speech, policy.head_weight.dtype, policy.device, keeps)
+        del opened, policy, keeps  # their memory is wanted for the artefact
+        gc.collect()
+        torch.cuda.empty_cache()
         console.status("the artefact answers")
-        rounded = request.to != ADAPTER and torch.bfloat16 in dtypes  # the same base computes with both adapters
-        effect = None if base is None else float((before.logprobs - base).abs().mean())
-        bound = Limit.of(rounded=rounded, effect=effect, original=request.original)
-        numbers, wrong = compare(before, examiner.ask(policy, drawn), bound, base)
-        wrong += tokens_differ(request.out, tokenizer, stops, [prompt.text for prompt, _ in drawn])
-    _keep(request.out, {**told, "verified": True, "passed": not wrong, "differs": wrong, **numbers})
+        path, dtype = request.out / told.get("file", ""), told.get("dtype", "float32")
+        with again.loaded(request, path, dtype, of, examiner) as subject:
+            after = examiner.ask(subject, asked.drawn)
+            wrong = again.differs(request, path, subject, of, [prompt.text for prompt, _ in asked.drawn])
+        numbers, apart = compare(asked.answers, after, again.limit(request, dtype, of, asked.effect), asked.base)
+        wrong = apart + wrong
+    _keep(
+        request.out,
+        {**told, "verified": True, "loader": again.loader(request), "passed": not wrong, "differs": wrong, **numbers},
+    )
     if wrong:
         raise GuardTripped(
             f"the export is not the policy: {'; '.join(wrong)}. Its files and {REPORT} are kept in {request.out} to "
             "look at, not to use"
         )
-    console.say(f"exported: {request.out}; {sentence(numbers)}")
+    untried = request.to == GGUF and again.loader(request) != again.LLAMA_CPP
+    console.say(f"exported: {request.out}; {sentence(numbers)}{UNTRIED if untried else ''}")
     return request.out
 
 
@@ -150,7 +171,7 @@ def _open(config: Config) -> Opened:
     tokenizer = load_tokenizer(config.model)
     template = make_template(tokenizer, data_of(config, config.grpo.data, "grpo.data"))
     policy = load_model(config.model, tokenizer, seed=config.seed)
-    return Opened(config, tokenizer, policy, stop_ids(tokenizer, template, policy.model))
+    return Opened(config, tokenizer, policy, stop_ids(tokenizer, template, policy.model), template)
 
 
 def _dtype(request: Request, policy: Policy) -> Literal["float32", "bfloat16"]:
@@ -165,15 +186,22 @@ def _write(request: Request, opened: Opened, chosen: Weights, console: Console) 
     policy, out = opened.policy, request.out
     partial = out.with_name(f".{out.name}.partial")
     dtype = _dtype(request, policy)
+    told: dict[str, Any] = {}
+    base = "original" if request.original else "trained"
     original = base_files.matrices(locate(opened.config.model)) if request.original else None
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
         if request.to == ADAPTER:
             policy.save(partial, opened.tokenizer, stop_ids=opened.stop_ids)
-        else:
+        elif request.to == MERGED:
             merged.write(policy, partial, dtype=getattr(torch, dtype), original=original)
             save_beside(partial, opened.tokenizer, opened.stop_ids)
+            told = {"dtype": dtype, "base": base}
+        else:
+            name, quant = opened.config.name, request.quant
+            told = gguf_artefact.write(policy, opened.speech, partial, out, name=name, quant=quant, original=original)
+            told["base"] = base
         if out.is_dir():
             out.rmdir()  # it was found empty
         partial.rename(out)
@@ -187,25 +215,18 @@ def _write(request: Request, opened: Opened, chosen: Weights, console: Console) 
         "run": str(request.run),
         "weights": chosen.name,
         "to": request.to,
-        **({} if request.to == ADAPTER else {"dtype": dtype, "base": "original" if request.original else "trained"}),
+        **told,
         "versions": versions(),
     }
 
 
-def _untrained(policy: Policy, drawn: Drawn) -> Tensor | None:
-    """The base's logprobs of the rows; None for a model trained whole."""
+def _ask(examiner: Examiner, policy: Policy) -> Asked:
+    drawn = examiner.draw(policy)
+    answers = examiner.ask(examiner.subject(policy), drawn)
     if not isinstance(policy.model, PeftModel):
-        return None
+        return Asked(drawn, answers, None)
     with policy.model.disable_adapter():
-        return logprobs_of(policy, drawn)
-
-
-def _reload(policy: Policy, folder: Path) -> None:
-    """The adapter from its files, over one that is emptied first, so that what the files lack is seen."""
-    with torch.no_grad():
-        for weight in policy.trainable().values():
-            weight.zero_()
-    policy.reload(folder)
+        return Asked(drawn, answers, logprobs_of(policy.score, drawn))
 
 
 def _keep(folder: Path, told: Mapping[str, Any]) -> None:

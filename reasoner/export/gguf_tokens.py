@@ -13,7 +13,6 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerBase
 
 from reasoner.data.codec import Codec
 from reasoner.errors import ModelError
@@ -40,12 +39,12 @@ class Vocabulary:
     space_prefix: bool = False
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, *, rows: int, chat: bool) -> Vocabulary:
-    """The tokenizer's `rows` tokens, as many as the embedding has. `chat`: prompts begin with control tokens.
+def vocabulary(tokenizer: Any, *, rows: int, chat: bool) -> Vocabulary:
+    """The fast tokenizer's `rows` tokens, as many as the embedding has. `chat`: prompts begin with control tokens.
 
     Raises ModelError for a tokenizer of another kind, naming its pre-tokenizer.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, pre = state["model"], _known_pre(state["pre_tokenizer"])
     tokens, types = _tokens(tokenizer, state, rows)
     kind, falls_back = model["type"], bool(model.get("byte_fallback"))
@@ -102,15 +101,20 @@ def _tokens(tokenizer: Any, state: dict[str, Any], rows: int) -> tuple[tuple[str
     added = {token["id"]: token["special"] for token in state["added_tokens"]}
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    special, unknown, has_bytes = (
+        set(tokenizer.all_special_ids),
+        tokenizer.unk_token_id,
+        state["model"].get("byte_fallback"),
+    )
 
     def type_of(number: int) -> TokenType:
         if number not in texts:
             return TokenType.UNUSED
-        if state["model"].get("byte_fallback") and _is_byte(texts[number]):
+        if has_bytes and _is_byte(texts[number]):
             return TokenType.BYTE
-        if number == tokenizer.unk_token_id and number not in ends:
+        if number == unknown and number not in ends:
             return TokenType.UNKNOWN
-        if number in added or number in tokenizer.all_special_ids:
+        if number in added or number in special:
             return TokenType.CONTROL if added.get(number, True) else TokenType.USER_DEFINED
         return TokenType.NORMAL
 
@@ -146,7 +150,7 @@ def _space_prefix(tokenizer: Any, chat: bool) -> bool:
 def write_tokens(
     writer: GGUFWriter,
     found: Vocabulary,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     stops: Sequence[int],
     chat_template: str | None,
 ) -> None:

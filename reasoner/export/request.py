@@ -6,17 +6,21 @@ from pathlib import Path
 
 from reasoner.config import nearest
 from reasoner.errors import ConfigError, RunFolderError
+from reasoner.export import llama
+from reasoner.export.gguf_file import F16, Q4_K_M, Q8_0
 from reasoner.run_folder import CONFIG
 
-USAGE = "export run=DIR to=adapter|merged [checkpoint=NAME] [out=DIR]"
-ADAPTER, MERGED = "adapter", "merged"
+USAGE = "export run=DIR to=adapter|merged|gguf [quant=q4_k_m|q8_0|f16] [checkpoint=NAME] [out=DIR]"
+ADAPTER, MERGED, GGUF = "adapter", "merged", "gguf"
 CHOICES = {
-    "to": (ADAPTER, MERGED),
+    "to": (ADAPTER, MERGED, GGUF),
+    "quant": (Q4_K_M, Q8_0, F16),
     "dtype": ("auto", "bfloat16", "float32"),
     "base": ("trained", "original"),
     "verify": ("true", "false"),
 }
 OWN = ("run", "checkpoint", "out", "problems", *CHOICES)
+OF = {"dtype": (MERGED,), "base": (MERGED, GGUF), "quant": (GGUF,)}  # the artefacts that a key is of
 PROBLEMS = 100  # answered of each held-out set, by the policy and by the artefact
 
 
@@ -33,6 +37,7 @@ class Request:
     out: Path
     checkpoint: str | None = None
     dtype: str = "auto"  # of to=merged; auto: bfloat16 for a merged adapter, float32 for a model trained whole
+    quant: str = Q4_K_M  # of to=gguf
     original: bool = False  # merge into the base as it was before NF4
     verify: bool = True
     problems: int = PROBLEMS
@@ -61,17 +66,22 @@ def read_request(arguments: Sequence[str]) -> Request:
             raise ConfigError(f"{key}={own[key]} is unknown{nearest(own[key], list(there))}")
     if not own.get("problems", "1").isdigit() or own.get("problems") == "0":
         raise ConfigError(f"problems={own['problems']}: give how many held-out problems to answer, 1 or more")
-    if own["to"] == ADAPTER and {"dtype", "base"} & own.keys():
-        raise ConfigError("dtype= and base= are of to=merged: an adapter keeps its float32 and any base")
+    for key, artefacts in OF.items():
+        if key in own and own["to"] not in artefacts:
+            raise ConfigError(f"{key}= is not for to={own['to']} but for to={'|'.join(artefacts)}: leave it out")
+    quant = own.get("quant", Q4_K_M)
+    if own["to"] == GGUF and quant == Q4_K_M:
+        llama.require("quant=q4_k_m (quant=q8_0 and f16 do not)")
     run = Path(own["run"]).expanduser()
     if not (run / CONFIG).is_file():
         raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
     return Request(
         run=run,
         to=own["to"],
-        out=_out(own, run),
+        out=_out(own, run, quant),
         checkpoint=own.get("checkpoint"),
         dtype=own.get("dtype", "auto"),
+        quant=quant,
         original=own.get("base") == "original",
         verify=own.get("verify") != "false",
         problems=int(own.get("problems", PROBLEMS)),
@@ -79,8 +89,8 @@ def read_request(arguments: Sequence[str]) -> Request:
     )
 
 
-def _out(own: dict[str, str], run: Path) -> Path:
-    chosen = f"-{own['checkpoint']}" if "checkpoint" in own else ""
+def _out(own: dict[str, str], run: Path, quant: str) -> Path:
+    chosen = (f"-{quant}" if own["to"] == GGUF else "") + (f"-{own['checkpoint']}" if "checkpoint" in own else "")
     out = Path(own["out"]).expanduser() if "out" in own else run / "exports" / f"{own['to']}{chosen}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")

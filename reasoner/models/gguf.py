@@ -2,8 +2,8 @@
 
 The header is read here, in milliseconds, because transformers' own conversion takes seconds and drops
 `tokenizer.ggml.pre`, the rule that cuts text before the merges: SmolLM2 then joins a space with a digit, and 83 of
-7,473 GSM8K rows get ids that the model never saw. Left out: writing GGUF, and tokenizers that are not byte-level BPE
-(SentencePiece ones are refused). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+7,473 GSM8K rows get ids that the model never saw. Left out: writing GGUF (reasoner/export), and tokenizers that are not
+byte-level BPE (SentencePiece ones are refused). Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import importlib.util

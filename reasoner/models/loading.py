@@ -92,13 +92,14 @@ def load_saved(
 
 
 def load_merged(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, *, dtype: Literal["float32", "bfloat16"], device: torch.device
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, dtype: Literal["float32", "bfloat16"], device: torch.device
 ) -> Policy:
-    """A model folder as a policy that is scored and not trained, in `dtype` also where every weight would be trained.
+    """A model folder or a GGUF file as a policy that is scored and not trained, in `dtype` also where every weight
+    would be trained.
 
     Raises ModelError if it can't be read or lacks a weight.
     """
-    saved = config.Model(name=str(folder), dtype=dtype)
+    saved = config.Model(name=str(path), gguf=config.Gguf(str(path)) if path.is_file() else None, dtype=dtype)
     base, _, family, _ = _load_base(saved, tokenizer, device)
     return Policy(base, family, revision=None)
 
