@@ -21,7 +21,7 @@ PEFT, TRANSFORMERS, LLAMA_CPP = "peft", "transformers", "llama.cpp"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Original:
+class Origin:
     """What is known of the policy once it has been given up for the artefact."""
 
     speech: Speech
@@ -38,7 +38,7 @@ def loader(request: Request) -> str:
 
 
 @contextmanager
-def loaded(request: Request, path: Path, dtype: str, of: Original, examiner: Examiner) -> Iterator[Subject]:
+def loaded(request: Request, path: Path, dtype: str, of: Origin, examiner: Examiner) -> Iterator[Subject]:
     """What answers from the artefact at `path`, whose weights are `dtype`. A GGUF file computes on the CPU."""
     kind = loader(request)
     if kind == LLAMA_CPP:
@@ -70,7 +70,7 @@ def _reload(policy: Policy, folder: Path) -> None:
     policy.reload(folder)
 
 
-def limit(request: Request, dtype: str | None, of: Original, effect: float | None) -> Limit:
+def limit(request: Request, dtype: str | None, of: Origin, effect: float | None) -> Limit:
     """How far the artefact's logprobs may be from the policy's; `effect`: see `Limit.of`."""
     if request.to == GGUF:
         return Limit.of_gguf(request.quant, effect, original=request.original)
@@ -78,7 +78,7 @@ def limit(request: Request, dtype: str | None, of: Original, effect: float | Non
     return Limit.of(rounded=rounded, effect=effect, original=request.original)
 
 
-def differs(request: Request, path: Path, subject: Subject, of: Original, texts: Sequence[str]) -> list[str]:
+def differs(request: Request, path: Path, subject: Subject, of: Origin, texts: Sequence[str]) -> list[str]:
     """What the artefact says other than the run, a line each: tokens of the prompts, chat template, stop ids."""
     said, engine = of.speech, subject.engine
     if request.to != GGUF:

@@ -24,7 +24,7 @@ from reasoner.errors import ConfigError, GuardTripped, RunFolderError
 from reasoner.evaluation.sets import compose_sets, to_measure
 from reasoner.evaluation.weights import BASE, Weights, weights_of
 from reasoner.export import again, gguf_artefact
-from reasoner.export.again import Original
+from reasoner.export.again import Origin
 from reasoner.export.gguf_file import Speech
 from reasoner.export.proof import Answers, Drawn, Examiner, compare, logprobs_of, sentence
 from reasoner.export.request import ADAPTER, GGUF, MERGED, Request
@@ -120,7 +120,7 @@ def _proved(
         policy = opened.policy
         asked = _ask(examiner, policy)
         keeps = policy if request.to == ADAPTER else None
-        of = Original(opened.speech, policy.head_weight.dtype, policy.device, keeps)
+        of = Origin(opened.speech, policy.head_weight.dtype, policy.device, keeps)
         del opened, policy, keeps  # their memory is wanted for the artefact
         gc.collect()
         torch.cuda.empty_cache()

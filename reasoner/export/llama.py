@@ -215,4 +215,7 @@ def _path(path: Path) -> bytes:
 
 @lru_cache(maxsize=1)
 def _library() -> "Library":
-    return Library(importlib.import_module(PACKAGE))
+    try:
+        return Library(importlib.import_module(PACKAGE))
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(f"llama-cpp-python is installed and can't be loaded: {error}; install it again") from None

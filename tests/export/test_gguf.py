@@ -307,7 +307,7 @@ def test_the_f16_file_is_kept_where_quantizing_fails(
 
 def test_other_stop_ids_and_another_template_are_seen(tmp_path: Path):
     path = write(random_policy("llama"), tmp_path, stops=(1,), chat_template="{{ messages }}")
-    of = again.Original(Speech(CHARACTERS_ALONE, (1, 4), "{{ other }}"), torch.float32, torch.device("cpu"), None)
+    of = again.Origin(Speech(CHARACTERS_ALONE, (1, 4), "{{ other }}"), torch.float32, torch.device("cpu"), None)
     request: Any = type("Asked", (), {"to": "gguf", "quant": F16, "original": False})()
     subject: Any = type("Nobody", (), {"engine": None})()
     assert again.differs(request, path, subject, of, ["$"]) == [
