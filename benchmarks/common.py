@@ -27,6 +27,7 @@ from reasoner.intervals import wilson
 from reasoner.rewards.answers import final_answer, same_number
 from reasoner.summary import commit, versions
 
+RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 POLL_S = 0.02  # between two looks at the device's memory
 KILL_AFTER_S = 20.0  # from asking a process to end to ending it

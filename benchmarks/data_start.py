@@ -16,9 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.common import about, write_json
+from benchmarks.common import RESULTS, about, write_json
 
-RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 LETTERS = string.ascii_letters + string.digits + " .?"
 BAR_ROWS, BAR_S, BAR_MIB = 1_000_000, 10.0, 500.0

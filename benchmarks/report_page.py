@@ -15,10 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.common import about, write_json
+from benchmarks.common import RESULTS, about, write_json
 from reasoner.metrics import NAMES
 
-RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 BAR_S, BAR_MB = 10.0, 3.0
 WORDS = tuple("so the number of apples is then we add three more and get twelve which means that each has".split())  # noqa: SIM905

@@ -22,7 +22,6 @@ from reasoner.rewards.base import Rewards, load_rewards
 from reasoner.rewards.math import accuracy
 from reasoner.types import Completion, Prompt, Score
 
-RESULTS = Path(__file__).parent / "results"
 MARK = "BOMB "
 WORKERS, ROUNDS = 2, 5
 BAR_ROWS, BAR_S = 2048, 3.0
@@ -156,7 +155,7 @@ def measure(count: int, timeout_s: float, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and keep the result."""
-    from benchmarks.common import about, write_json
+    from benchmarks.common import RESULTS, about, write_json
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--completions", type=int, default=BAR_ROWS)

@@ -14,16 +14,15 @@ import random
 import sys
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
 from tempfile import mkdtemp
 
+from benchmarks.common import RESULTS
 from reasoner.compose import compose_conf
 from reasoner.config import validate
 from reasoner.pipeline import Pipeline
 from reasoner.rewards.base import Rewards
 from reasoner.summary import commit, versions
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 
 
