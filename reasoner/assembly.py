@@ -100,9 +100,7 @@ def assemble(
     task = load_task(config, tokenizer, rows)
     for line in task.lines():
         console.say(line)
-    prompts = all_prompts(task)
-    columns = set(prompts[0].columns).intersection(*(prompt.columns for prompt in prompts))
-    rewards = load_rewards(config.reward, functions=functions, base_dir=base_dir, columns=columns)
+    rewards = load_rewards(config.reward, functions=functions, base_dir=base_dir, columns=task.columns())
     try:
         _rehearse(config, rewards, task, console)
         policy = load_model(config.model, tokenizer, seed=config.seed)
@@ -176,14 +174,6 @@ def _described(config: Config, policy: Policy) -> str:
     )
 
 
-def all_prompts(task: Task) -> list[Prompt]:
-    return [
-        *task.prompts,
-        *(example.prompt for example in task.examples),
-        *(prompt for prompts in task.sets.values() for prompt in prompts),
-    ]
-
-
 def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) -> None:
     """Score gold and bad completions. Only a part that is named as the accuracy must give gold full marks."""
     part = accuracy_part(config)
@@ -204,7 +194,7 @@ def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) ->
 
 def gold_completions(rewards: Rewards, task: Task, part: str) -> list[tuple[Prompt, str]]:
     """Prompts with a right completion: the answer in the form that earns most, or the worked one where that does."""
-    prompts = all_prompts(task)[:REHEARSED]
+    prompts = task.first_prompts(REHEARSED)
     told = [
         [(prompt, _closed(prompt.prefill) + form.format(answer=prompt.answer)) for prompt in prompts]
         for form in GOLD_FORMS

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from reasoner.assembly import all_prompts, assemble, gold_completions
+from reasoner.assembly import assemble, gold_completions
 from reasoner.compose import compose_conf
 from reasoner.config import Config, validate
 from reasoner.console import Console, sample_lines
@@ -33,11 +33,9 @@ def try_rewards(config: Config, *, base_dir: Path, say: Say) -> None:
     them break the rule of trial.py. Raises RewardError where one does or fails, and what loading the rows raises.
     """
     task = load_task(config, load_tokenizer(config.model), None)
-    prompts = all_prompts(task)
-    columns = set(prompts[0].columns).intersection(*(prompt.columns for prompt in prompts))
     part = accuracy_part(config)
     strict = part if part == "accuracy" or config.evaluate.accuracy else None
-    with load_rewards(config.reward, functions={}, base_dir=base_dir, columns=columns) as rewards:
+    with load_rewards(config.reward, functions={}, base_dir=base_dir, columns=task.columns()) as rewards:
         golds = gold_completions(rewards, task, part)
         tried = try_out(rewards, golds, seed=config.seed)
         say(f"the rewards of conf={config.name}, tried on {len(golds)} rows; no model was loaded")
@@ -65,7 +63,7 @@ def try_on_samples(config: Config, *, base_dir: Path) -> None:
     with Console() as console:
         parts = assemble(config, base_dir=base_dir, functions={}, rows=None, console=console)
         try:
-            prompts = (parts.task.prompts or all_prompts(parts.task))[:SAMPLED]
+            prompts = parts.task.first_prompts(SAMPLED)
             sampling = Sampling(
                 config.rollout.temperature,
                 config.grpo.max_completion_tokens,

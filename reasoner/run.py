@@ -20,8 +20,9 @@ from reasoner import checkpoint, signals, world
 from reasoner.assembly import NO_CONTEXT_LIMIT, Parts
 from reasoner.checkpoint import Progress
 from reasoner.console import Console
+from reasoner.data.drawn import UNFIT
 from reasoner.data.order import Draw, Order
-from reasoner.data.task import VALIDATION
+from reasoner.data.task import COUNTS, VALIDATION
 from reasoner.errors import GuardTripped, Interrupted
 from reasoner.evaluate import SetResult
 from reasoner.metrics import step_row
@@ -36,6 +37,8 @@ from reasoner.stages import STAGES, TrainingStage
 from reasoner.tracking.base import Tracker
 from reasoner.types import Prompt
 from reasoner.words import plural
+
+LEFT_OUT = {**COUNTS, UNFIT: "that the template or the tokenizer can't carry"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,19 +86,23 @@ class Run:
 
     def _train(self, stage_index: int, name: str, saved: Saved | None) -> None:
         stage = STAGES[name](self.parts, stage_index, self.console, self.folder)
-        step, cursor = 0, 0
-        if saved is None:
-            self._save(stage, Progress(stage_index, name, step, self.policy_step, cursor))
-        else:
+        step, cursor, left_out = 0, 0, {}
+        if saved is not None:
             step, cursor = saved.progress.step, saved.progress.cursor
+            left_out = saved.state.get("left_out", {})
             load_optimizer(stage.updater.optimizer, saved.tensors, saved.state["optimizer"])
             stage.updater.load_state(saved.state["updater"])
-        draw = Draw(Order(stage.num_rows, self.parts.config.seed), cursor)
+        draw = Draw(Order(stage.num_rows, self.parts.config.seed), cursor, stage.why_not, left_out)
+        if saved is None:
+            self._save(stage, Progress(stage_index, name, step, self.policy_step, cursor), draw)
         engine = self.parts.engine
         if stage.samples:
             engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
         with nullcontext() if stage.samples else asleep(engine):
             self._learn(stage, stage_index, step, draw)
+        if draw.left_out:
+            gone = ", ".join(f"{count:,} {LEFT_OUT[why]}" for why, count in draw.left_out.items())
+            self.console.say(f"{name}: of {draw.cursor:,} rows drawn {draw.left_out.total():,} were left out ({gone})")
         self._take_best(stage_index)
         engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
         self.parts.policy.eval()
@@ -121,7 +128,7 @@ class Run:
                 or signal
                 or stopped
             ):
-                self._save(stage, Progress(stage_index, name, step, self.policy_step, draw.cursor))
+                self._save(stage, Progress(stage_index, name, step, self.policy_step, draw.cursor), draw)
             if stopped:
                 raise stopped
             if signal:
@@ -180,11 +187,11 @@ class Run:
             if stage.shown and self.parts.config.track_completions:
                 tracker.table(stage.name, row["step"], stage.shown)
 
-    def _save(self, stage: TrainingStage, progress: Progress) -> None:
+    def _save(self, stage: TrainingStage, progress: Progress, draw: Draw) -> None:
         if world.is_main():
             tensors, optimizer = optimizer_tensors(stage.updater.optimizer)
             tensors |= {f"{checkpoint.POLICY}{name}": tensor for name, tensor in self.parts.policy.state().items()}
-            state = {"optimizer": optimizer, "updater": stage.updater.state()}
+            state = {"optimizer": optimizer, "updater": stage.updater.state(), "left_out": dict(draw.left_out)}
             best = self.results.best(progress.stage_index)
             keep = self.parts.config.checkpoint.keep
             checkpoint.save(self.folder.path, progress, tensors, state, keep=keep, best=best.name if best else None)

@@ -1,11 +1,12 @@
 """The two training stages as the pipeline sees them: rows, steps, and what one step does with some of the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from reasoner import world
 from reasoner.assembly import Parts
 from reasoner.console import Console
+from reasoner.data.drawn import Drawn
 from reasoner.data.order import Draw
 from reasoner.grpo.advantages import JudgedGroup
 from reasoner.grpo.trainer import GRPOTrainer
@@ -25,6 +26,9 @@ class TrainingStage(Protocol):
     updater: Updater
     num_rows: int
     num_steps: int
+    why_not: (
+        Callable[[int], str | None] | None
+    )  # of a row by its number: why a draw passes over it; none: it never does
 
     def step(self, draw: Draw, step: int, policy_step: int) -> dict[str, float]:
         """Learn from the next rows, one update of the policy; the step's numbers, named as in `metrics.NAMES`. Steps
@@ -55,6 +59,7 @@ class SftStage:
     def __init__(self, parts: Parts, stage_index: int, console: Console, folder: RunFolder):
         self.examples = parts.task.examples
         self.num_rows = len(self.examples)
+        self.why_not = self.examples.why_not if isinstance(self.examples, Drawn) else None
         self.rows_per_step = parts.config.sft.examples_per_step
         self.num_steps = parts.config.sft.steps
         self.updater = make_updater(parts, self.name, console, folder)
@@ -77,6 +82,7 @@ class GrpoStage:
         self.stage_index = stage_index
         self.prompts = parts.task.prompts
         self.num_rows = len(self.prompts)
+        self.why_not = self.prompts.why_not if isinstance(self.prompts, Drawn) else None
         self.settings = parts.config.grpo
         self.rows_per_step = self.settings.prompts_per_step
         self.num_steps = self.settings.steps

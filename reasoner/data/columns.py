@@ -50,6 +50,9 @@ class ColumnTemplate:
     text: str
     key: str
     pieces: tuple[str | Column | OptionalPart, ...] = field(init=False)
+    columns: tuple[Column, ...] = field(init=False)  # that it needs, in order
+    optional: tuple[Column, ...] = field(init=False)  # that it uses where they are there, in order
+    parts: tuple[OptionalPart, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         pieces: list[str | Column | OptionalPart] = []
@@ -64,7 +67,12 @@ class ColumnTemplate:
                 raise ConfigError(f"{self.key}={self.text!r}: an optional part [[...]] can't hold another")
             else:
                 pieces.append(OptionalPart(tuple(found)))
+        parts = tuple(piece for piece in pieces if isinstance(piece, OptionalPart))
+        optional = tuple(piece for part in parts for piece in part.pieces if isinstance(piece, Column))
         object.__setattr__(self, "pieces", tuple(piece for piece in pieces if piece))
+        object.__setattr__(self, "columns", tuple(piece for piece in pieces if isinstance(piece, Column)))
+        object.__setattr__(self, "optional", optional)
+        object.__setattr__(self, "parts", parts)
 
     def _parse(self, text: str) -> list[str | Column]:
         pieces: list[str | Column] = []
@@ -83,17 +91,6 @@ class ColumnTemplate:
         pieces.append(text[end:])
         return [piece for piece in pieces if piece]
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """The columns it needs, in order."""
-        return tuple(piece for piece in self.pieces if isinstance(piece, Column))
-
-    @property
-    def optional(self) -> tuple[Column, ...]:
-        """The columns that it uses where they are there, in order."""
-        parts = [piece for piece in self.pieces if isinstance(piece, OptionalPart)]
-        return tuple(piece for part in parts for piece in part.pieces if isinstance(piece, Column))
-
     def names(self, row: Mapping[str, Any]) -> set[str]:
         """The names of the row's columns that it uses."""
         return {column.written if column.written in row else column.name for column in (*self.columns, *self.optional)}
@@ -102,9 +99,11 @@ class ColumnTemplate:
         """The text of each column it needs. Raises DataError, listing the columns there are, if one is missing."""
         return [cell_text(self._cell(row, column)) for column in self.columns]
 
-    def wording(self, row: Mapping[str, Any]) -> str:
-        """The row's own words in it: the values of all columns, those of optional parts too."""
-        return " ".join([*self.values(row), *(text for part in self._parts(row) for text in part if text)])
+    def wording(self, row: Mapping[str, Any], values: Sequence[str]) -> str:
+        """The row's own words in it: its `values`, and those of optional parts too."""
+        if self.parts:
+            values = [*values, *(text for part in self._parts(row) for text in part if text)]
+        return " ".join(values)
 
     def fill(self, row: Mapping[str, Any], each: Callable[[str], str] = str) -> str:
         """The text with the row's values, each passed through `each`. Raises DataError for a missing column."""
@@ -140,8 +139,8 @@ class ColumnTemplate:
     def _parts(self, row: Mapping[str, Any]) -> list[list[str]]:
         return [
             [cell_text(self._cell(row, one)) for one in piece.pieces if isinstance(one, Column)]
-            for piece in self.pieces
-            if isinstance(piece, OptionalPart) and self._filled(piece, row)
+            for piece in self.parts
+            if self._filled(piece, row)
         ]
 
     def _cell(self, row: Mapping[str, Any], column: Column) -> Any:
@@ -171,6 +170,8 @@ def cell_text(cell: Any) -> str:
     Raises DataError for a list of chat messages, which no prompt means to print, for bytes, and for a cell whose text
     we can't be sure of.
     """
+    if type(cell) is str:
+        return cell
     if isinstance(cell, str):
         if isinstance(cell, DoubtfulText):
             raise DataError(cell.doubt)

@@ -47,7 +47,7 @@ class GoldAnswer:
             shown = text if len(text) <= 80 else f"...{text[-80:]}"
             found_none = f"data.answer_pattern={self.pattern} finds no answer in {shown!r}"
             raise DataError(f"{found_none}: change it, or drop such rows by data.map")
-        return (THOUSANDS.sub("", found) if self.is_number else found).strip()
+        return (THOUSANDS.sub("", found) if self.is_number and "," in found else found).strip()
 
     def _cut(self, text: str) -> str | None:
         if self.pattern is None:

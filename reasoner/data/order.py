@@ -2,8 +2,12 @@
 that a run can be resumed anywhere in it.
 """
 
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from random import Random
+
+from reasoner.errors import DataError
 
 
 class Order:
@@ -29,20 +33,41 @@ class Order:
 
 
 class Draw:
-    """An order being gone through: what comes next, and where that is.
+    """An order being gone through: what comes next, and where that is. A row for which `why_not` has a word is passed
+    over, and counted under it in `left_out`.
 
     >>> draw = Draw(Order(num_rows=3, seed=0), cursor=4)
     >>> len(draw.take(2)), draw.cursor
     (2, 6)
     """
 
-    def __init__(self, order: Order, cursor: int):
+    def __init__(
+        self,
+        order: Order,
+        cursor: int,
+        why_not: Callable[[int], str | None] | None = None,
+        left_out: Mapping[str, int] | None = None,
+    ):
         self.order, self.cursor = order, cursor
+        self.why_not = why_not
+        self.left_out = Counter(left_out or {})
 
     def take(self, count: int) -> list[int]:
-        """The next `count` row numbers."""
-        rows = self.order.take(self.cursor, count)
-        self.cursor += count
+        """The next `count` row numbers. Raises DataError where a whole epoch holds no row that is not passed over."""
+        rows: list[int] = []
+        passed = 0
+        while len(rows) < count:
+            (row,) = self.order.take(self.cursor, 1)
+            self.cursor += 1
+            why = self.why_not(row) if self.why_not else None
+            if why is None:
+                rows.append(row)
+                passed = 0
+                continue
+            self.left_out[why] += 1
+            passed += 1
+            if passed > 2 * self.order.num_rows:
+                raise DataError(f"none of the {self.order.num_rows:,} rows can be trained on: {dict(self.left_out)}")
         return rows
 
 

@@ -1,12 +1,12 @@
 """Rows from wherever `data` says: Python, a file, the hub, reasoning-gym; changed by `data.map`, each knowing where it
 came from.
 
-Everything is read into memory once: a million rows of text are about a gigabyte. Left out: streaming, and rows that
-change while we train.
+Big JSONL files are read by place (placed.py); everything else is read into memory once, where a million rows of text
+are about a gigabyte. Left out: streaming, and rows that change while we train.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,17 @@ from reasoner.data.files import ENDINGS, Located, find_files, read_files
 from reasoner.data.gym import PREFIX, read_gym
 from reasoner.data.hub import read_hub
 from reasoner.data.mapping import load_map
+from reasoner.data.placed import PlacedRows, serves
 from reasoner.data.python_rows import rows_from_python
+from reasoner.data.row import Row
 from reasoner.errors import ConfigError, DataError
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row, after `data.map`. `number` counts the rows of its source from 1, those that were dropped too.
-
-    >>> Row(columns={"question": "2+2?", "answer": "4"}, where="train.jsonl:17", number=17)
-    """
-
-    columns: Mapping[str, Any]
-    where: str
-    number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of a source and how many `data.map` dropped on the way."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     dropped_by_map: int
 
 
@@ -48,6 +38,10 @@ def read_rows(data: Data, rows: Any = None) -> Rows:
     reasoning-gym.
     """
     change = load_map(data.map) if data.map else None
+    files = find_files(data.path, data.split) if rows is None and data.path else []
+    if files and data.sheet is None and serves(files):
+        placed = PlacedRows(files, change, data.limit)
+        return _some(Rows(placed, placed.dropped_by_map), data)
     kept: list[Row] = []
     dropped = 0
     for number, (columns, where) in enumerate(_located(data, rows), start=1):
@@ -58,9 +52,13 @@ def read_rows(data: Data, rows: Any = None) -> Rows:
             dropped += 1
         else:
             kept.append(Row(changed, where, number))
-    if dropped and not kept:
-        raise DataError(f"data.map={data.map} dropped all {dropped:,} rows")
-    return Rows(kept, dropped)
+    return _some(Rows(kept, dropped), data)
+
+
+def _some(rows: Rows, data: Data) -> Rows:
+    if rows.dropped_by_map and not len(rows.rows):
+        raise DataError(f"data.map={data.map} dropped all {rows.dropped_by_map:,} rows")
+    return rows
 
 
 def source_of(data: Data, rows: Any = None) -> tuple[str, ...]:

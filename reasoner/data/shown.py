@@ -9,6 +9,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from reasoner.config import Config
+from reasoner.data.drawn import Drawn, first
 from reasoner.data.task import Task
 from reasoner.data.templates import ChatTemplate, Template
 from reasoner.types import Prompt
@@ -91,17 +92,19 @@ def facts(template: Template, prompts: Sequence[Prompt]) -> Iterator[str]:
 def _lengths(task: Task, config: Config) -> Iterator[str]:
     limits = {"sft": config.sft.max_completion_tokens}
     for name, prompts in _sections(task):
-        yield f"{name}: tokens a prompt: {_spread(len(prompt.token_ids) for prompt in prompts)}"
+        big = isinstance({"sft": task.examples, "grpo": task.prompts}.get(name), Drawn)
+        some = f" of the first {len(prompts):,} rows" if big else ""
+        yield f"{name}: tokens a prompt{some}: {_spread(len(prompt.token_ids) for prompt in prompts)}"
         if name == "sft":
-            told = _spread(len(example.completion_ids) for example in task.examples)
+            told = _spread(len(example.completion_ids) for example in first(task.examples))
             yield f"{name}: tokens a worked answer: {told} of at most {limits[name]}"
 
 
 def _sections(task: Task) -> Iterator[tuple[str, Sequence[Prompt]]]:
     if task.examples:
-        yield "sft", [example.prompt for example in task.examples]
+        yield "sft", [example.prompt for example in first(task.examples)]
     if task.prompts:
-        yield "grpo", task.prompts
+        yield "grpo", first(task.prompts)
     yield from task.sets.items()
 
 

@@ -6,19 +6,21 @@ Left out: reading anything that no stage needs.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from reasoner.config import Config, Data, data_of
+from reasoner.data.drawn import AT_ONCE, TRIED, Drawn
 from reasoner.data.examples import make_examples
-from reasoner.data.problems import Problem, at, make_problems
+from reasoner.data.problems import Problem, Problems, at, make_problems
 from reasoner.data.prompts import make_prompts
 from reasoner.data.python_rows import rows_from_python
 from reasoner.data.rows import Rows, read_rows, source_of
 from reasoner.data.shapes import shape_of
-from reasoner.data.split import drop_duplicates, exact_key, take_heldout, without_heldout, without_overlap, words
+from reasoner.data.split import drop_duplicates, exact_key, take_heldout, without_heldout, without_overlap
 from reasoner.data.templates import Template, make_template
 from reasoner.errors import ConfigError, DataError, ModelError
 from reasoner.types import Example, Prompt
@@ -42,6 +44,7 @@ COUNTS = {
     "long_prompts": "prompts too long",
     "long_completions": "completions too long",
 }
+AS_DRAWN = ("long_prompts", "long_completions")  # what only the tokens tell
 SHOWN_CHARS = 400
 
 Report = dict[str, dict[str, int]]
@@ -52,12 +55,13 @@ class Task:
     """What a run trains on and is measured on.
 
     `report` has a section's (sft, grpo, each set's) counts: `rows` read, one for each of COUNTS, `kept`; and for a set
-    `overlap_removed_from_training`. `validation` are rows of GRPO's that never train, to choose a checkpoint by.
+    `overlap_removed_from_training`. Of a big source (see drawn.py) it lacks those of AS_DRAWN, which `kept` then
+    includes. `validation` are rows of GRPO's that never train, to choose a checkpoint by.
     """
 
     template: Template
-    examples: tuple[Example, ...]
-    prompts: tuple[Prompt, ...]
+    examples: Sequence[Example]
+    prompts: Sequence[Prompt]
     sets: Mapping[str, tuple[Prompt, ...]]
     report: Report
     validation: tuple[Prompt, ...] = ()
@@ -71,10 +75,22 @@ class Task:
             for name in self.sets
         }
 
+    def first_prompts(self, count: int) -> list[Prompt]:
+        """At most `count` prompts: of GRPO, then of SFT, then of the sets."""
+        worked = (example.prompt for example in self.examples)
+        return list(islice(chain(self.prompts, worked, *self.sets.values()), count))
+
+    def columns(self) -> set[str]:
+        """The columns that every prompt has."""
+        worked = [example.prompt for example in self.examples] if not isinstance(self.examples, Drawn) else []
+        made = [side for side in (self.prompts, worked, *self.sets.values()) if not isinstance(side, Drawn)]
+        names = [frozenset(prompt.columns) for prompt in chain(*made)]
+        names += [side.columns for side in (self.prompts, self.examples) if isinstance(side, Drawn)]
+        return set(frozenset.intersection(*names))
+
     def lines(self) -> list[str]:
         """What was recognised, a line a section, and the first prompt as the model reads it."""
-        prompts = [*self.prompts[:1], *(example.prompt for example in self.examples[:1])]
-        prompts += [prompt for one in self.sets.values() for prompt in one[:1]]
+        prompts = self.first_prompts(1)
         text = prompts[0].text if len(prompts[0].text) <= SHOWN_CHARS else f"{prompts[0].text[:SHOWN_CHARS]}..."
         shown = f"the first prompt, {len(prompts[0].token_ids)} tokens: {text!r}"
         return [*self.notes, *(_line(name, counts) for name, counts in self.report.items()), shown]
@@ -168,11 +184,13 @@ def _template_of(sections: Sequence[Section], tokenizer: "PreTrainedTokenizerBas
 
 def _read(
     sections: Sequence[Section], template: Template
-) -> tuple[dict[str, list[Problem]], dict[str, Counter[str]], tuple[str, ...]]:
-    problems: dict[str, list[Problem]] = {}
+) -> tuple[dict[str, Problems], dict[str, Counter[str]], tuple[str, ...]]:
+    problems: dict[str, Problems] = {}
     counts: dict[str, Counter[str]] = {}
     known: dict[tuple[Any, ...], Rows] = {}
+    seen: list[tuple[Rows, Data, bool, str]] = []
     notes: list[str] = []
+    masked = any(section.data.overlap == "masked" for section in sections)
     for section in sections:
         data, name = section.data, section.name
         key = (section.source, data.map, data.limit, data.size)
@@ -186,11 +204,19 @@ def _read(
                 with at(first.where):
                     data = shape.settings(data, first.columns)
                 notes.append(f"{name}: {shape.told(data)}")
-            problems[name], counts[name] = make_problems(rows, data, template.guard, worked=name == "sft", shape=shape)
+            worked = name == "sft"
+            twin = next((other for a, b, c, other in seen if a is rows and b == data and c == worked), None)
+            if twin:  # a big file is read once, not once a section
+                problems[name], counts[name] = problems[twin], counts[twin].copy()
+                continue
+            problems[name], counts[name] = make_problems(
+                rows, data, template.guard, worked=worked, shape=shape, masked=masked
+            )
+            seen.append((rows, data, worked, name))
     return problems, counts, tuple(notes)
 
 
-def _split(sections: Sequence[Section], problems: dict[str, list[Problem]], counts: Mapping[str, Counter[str]]) -> None:
+def _split(sections: Sequence[Section], problems: dict[str, Problems], counts: Mapping[str, Counter[str]]) -> None:
     """Draws the held-out rows and takes them, duplicates and overlap away from where they don't belong."""
     drawn = [section for name in (HELDOUT, VALIDATION) for section in sections if section.name == name]
     for place, one in enumerate(drawn):
@@ -207,18 +233,18 @@ def _split(sections: Sequence[Section], problems: dict[str, list[Problem]], coun
     for section in (section for section in sections if section.name not in training):
         name = section.name
         if section.data.overlap == "masked":
-            trained = [problem for source in training for problem in problems[source]]
-            problems[name], counts[name]["overlap_removed"] = without_overlap(problems[name], trained, words)
+            trained = [problems[source] for source in training]
+            problems[name], counts[name]["overlap_removed"] = without_overlap(problems[name], trained, "words")
         elif section.data.overlap == "exact":
-            key = exact_key(problem.wording for side in (name, *training) for problem in problems[side])
+            key = exact_key([problems[side] for side in (name, *training)])
             for source in training:
-                problems[source], removed = without_overlap(problems[source], problems[name], key)
+                problems[source], removed = without_overlap(problems[source], [problems[name]], key)
                 counts[source]["overlap_removed"] += removed
                 counts[name]["overlap_removed_from_training"] += removed
 
 
 def _hold_out(
-    problems: dict[str, list[Problem]], counts: Mapping[str, Counter[str]], section: Section, drawn: Section
+    problems: dict[str, Problems], counts: Mapping[str, Counter[str]], section: Section, drawn: Section
 ) -> None:
     """Takes the rows that were drawn for another section away from this one."""
     same = section.source == drawn.source
@@ -228,31 +254,68 @@ def _hold_out(
 
 def _encode(
     sections: Sequence[Section],
-    problems: Mapping[str, Sequence[Problem]],
+    problems: Mapping[str, Problems],
     counts: Mapping[str, Counter[str]],
     template: Template,
     max_completion_tokens: int,
 ) -> Task:
-    examples: tuple[Example, ...] = ()
-    prompts: dict[str, tuple[Prompt, ...]] = {}
+    examples: Sequence[Example] = ()
+    prompts: dict[str, Sequence[Prompt]] = {}
     report: Report = {}
     seen: set[str] = set()
     for section in sections:
         name, count = section.name, counts[section.name]
+        learns = section.trains or name == VALIDATION
+        names = ["rows", *COUNTS] if learns else ["rows", *COUNTS, "overlap_removed_from_training"]
+        if section.trains and len(problems[name]) > AT_ONCE:
+            names = [what for what in names if what not in AS_DRAWN]
+            report[name] = {what: count[what] for what in names} | {"kept": len(problems[name])}
+            if name == "sft":
+                drawn = examples = Drawn(problems[name], _example_maker(section, template, max_completion_tokens, seen))
+            else:
+                drawn = prompts[name] = Drawn(problems[name], _prompt_maker(section, template, seen))
+            if drawn.none_fits:
+                told = f"the first {min(TRIED, len(drawn)):,} of {len(drawn):,} rows are too long"
+                raise DataError(f"{name}: {told}: raise data.max_prompt_tokens or sft.max_completion_tokens")
+            continue
         made, count["long_prompts"] = make_prompts(problems[name], section.data, template, name)
         kept = [problem for problem, _ in made]
         if name == "sft":
             worked, count["long_completions"] = make_examples(made, template, max_completion_tokens)
             kept, examples = [problem for problem, _ in worked], tuple(example for _, example in worked)
         prompts[name] = tuple(prompt for _, prompt in made)
-        learns = section.trains or name == VALIDATION
-        names = ["rows", *COUNTS] if learns else ["rows", *COUNTS, "overlap_removed_from_training"]
         report[name] = {what: count[what] for what in names} | {"kept": len(kept)}
         if not kept:
             raise DataError(f"{_line(name, report[name])}: nothing is left to work on; see {section.where}")
         _check_characters(kept, template, seen)
-    sets = {name: found for name, found in prompts.items() if name not in (*TRAINING, VALIDATION)}
-    return Task(template, examples, prompts.get("grpo", ()), sets, report, prompts.get(VALIDATION, ()))
+    sets = {name: tuple(found) for name, found in prompts.items() if name not in (*TRAINING, VALIDATION)}
+    validation = tuple(prompts.get(VALIDATION, ()))
+    return Task(template, examples, prompts.get("grpo", ()), sets, report, validation)
+
+
+def _prompt_maker(section: Section, template: Template, seen: set[str]) -> Callable[[Problem], Prompt | str]:
+    """Makes one prompt of a big source, or says why there is none."""
+
+    def make(problem: Problem) -> Prompt | str:
+        _check_characters([problem], template, seen)
+        made, _ = make_prompts([problem], section.data, template, section.name)
+        return made[0][1] if made else "long_prompts"
+
+    return make
+
+
+def _example_maker(
+    section: Section, template: Template, max_completion_tokens: int, seen: set[str]
+) -> Callable[[Problem], Example | str]:
+    """Makes one worked example of a big source, or says why there is none."""
+
+    def make(problem: Problem) -> Example | str:
+        _check_characters([problem], template, seen)
+        made, _ = make_prompts([problem], section.data, template, section.name)
+        worked, _ = make_examples(made, template, max_completion_tokens)
+        return worked[0][1] if worked else "long_completions" if made else "long_prompts"
+
+    return make
 
 
 def _check_characters(problems: Iterable[Problem], template: Template, seen: set[str]) -> None:
@@ -261,16 +324,18 @@ def _check_characters(problems: Iterable[Problem], template: Template, seen: set
         for text in (problem.question, problem.answer, problem.completion):
             if seen.issuperset(text):
                 continue
-            seen.update(text)
             lost = template.codec.lost(template.codec.unguard(text))
             if lost:
                 raise ModelError(
                     f"{problem.where}: the model's tokenizer loses the characters {' '.join(sorted(lost))}: choose "
                     "another model, or replace them by data.map"
                 )
+            seen.update(text)
 
 
 def _line(name: str, counts: Mapping[str, int]) -> str:
     what = "examples" if name == "sft" else "prompts" if name == "grpo" else "problems"
-    gone = ", ".join(f"{counts[key]:,} {told}" for key, told in COUNTS.items() if counts[key])
-    return f"{name}: {counts['kept']:,} {what} of {counts['rows']:,} rows" + (f" ({gone})" if gone else "")
+    gone = [f"{counts[key]:,} {told}" for key, told in COUNTS.items() if counts.get(key)]
+    if AS_DRAWN[0] not in counts:
+        gone.append("those too long are found, left out and counted as they are drawn")
+    return f"{name}: {counts['kept']:,} {what} of {counts['rows']:,} rows" + (f" ({', '.join(gone)})" if gone else "")

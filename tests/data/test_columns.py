@@ -86,7 +86,7 @@ def test_f4_nothing_becomes_the_word_nan() -> None:
 def test_an_optional_part_is_left_out_where_a_column_of_it_is_empty(row: dict[str, str | None], filled: str) -> None:
     template = ColumnTemplate("{q}[[\n({hint}, {by})]]!", "data.prompt")
     assert template.fill(row) == filled
-    assert template.wording(row) == ("a b c" if "(" in filled else "a")
+    assert template.wording(row, template.values(row)) == ("a b c" if "(" in filled else "a")
     assert [column.name for column in template.columns] == ["q"]
     assert [column.name for column in template.optional] == ["hint", "by"]
     assert template.fill(row, str.upper) == filled.upper()
