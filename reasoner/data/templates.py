@@ -123,7 +123,7 @@ class ChatTemplate(Template):
         self.source = _fix_clock(source, _parse_date(date), name)  # the Jinja text, its date fixed
         self._date = date
         self._in_parts = False
-        if QUESTION not in self._render([_asked(QUESTION)], generate=True):
+        if QUESTION not in self.text_of([_asked(QUESTION)], generate=True):
             self._in_parts = True
         opening = self._opening()
         self.prefill = opening[self._header_length(opening) :]
@@ -135,7 +135,7 @@ class ChatTemplate(Template):
         """
         messages = [_asked(question)] if system is None else [{"role": "system", "content": system}, _asked(question)]
         try:
-            text = self._render(messages, generate=True)
+            text = self.text_of(messages, generate=True)
         except ModelError as error:
             if system is None:
                 raise
@@ -151,11 +151,13 @@ class ChatTemplate(Template):
 
         Raises ModelError if the template refuses the turns.
         """
-        text = self._render(turns, generate=True)
+        text = self.text_of(turns, generate=True)
         messages = tuple({**turn, "content": self.codec.unguard(turn["content"])} for turn in turns)
         return ReadyPrompt(self.codec.unguard(text), self.all_prompt_ids([text])[0], messages, self.prefill)
 
-    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+    def text_of(self, messages: Sequence[Message], *, generate: bool) -> str:
+        """What the template writes of the turns; `generate`: and of the answer to come. Raises ModelError if it refuses
+        them."""
         from jinja2 import TemplateError
 
         turns: list[dict[str, Any]] = [
@@ -171,7 +173,7 @@ class ChatTemplate(Template):
 
     def _opening(self) -> str:
         """What the template writes between the question and the answer to come."""
-        asked = self._render([_asked(QUESTION)], generate=True)
+        asked = self.text_of([_asked(QUESTION)], generate=True)
         if asked.count(QUESTION) != 1:
             times = asked.count(QUESTION)
             raise ModelError(f"the {self.name} writes the question {times} times: choose another data.template")
@@ -184,11 +186,11 @@ class ChatTemplate(Template):
         belongs to the prefill.
         """
         turns = [_asked(QUESTION), _said(ANSWER), _asked("Zq7next"), _said("Zq7last")]
-        header = self._render(turns, generate=False).partition(QUESTION)[2].partition(ANSWER)[0]
+        header = self.text_of(turns, generate=False).partition(QUESTION)[2].partition(ANSWER)[0]
         length = next((i for i, (a, b) in enumerate(zip(opening, header, strict=False)) if a != b), None)
         length = min(len(opening), len(header)) if length is None else length
         left = header[length:].strip()
-        if left and opening == self._render([_asked(QUESTION)], generate=False).partition(QUESTION)[2]:
+        if left and opening == self.text_of([_asked(QUESTION)], generate=False).partition(QUESTION)[2]:
             raise ModelError(
                 f"the {self.name} ignores add_generation_prompt, so the model would have to write {left!r} by itself: "
                 "choose another data.template"
@@ -197,7 +199,7 @@ class ChatTemplate(Template):
         return length if at < 0 else min(length, at)
 
     def _find_turn_end(self) -> int:
-        closing = self._render([_asked(QUESTION), _said(ANSWER)], generate=False).partition(ANSWER)[2]
+        closing = self.text_of([_asked(QUESTION), _said(ANSWER)], generate=False).partition(ANSWER)[2]
         token = self.codec.control_in(closing)
         return self.codec.special[token][0] if token else _eos(self.codec.tokenizer)
 

@@ -12,7 +12,7 @@ import torch
 from reasoner.export import llama
 from reasoner.export.gguf_file import Speech
 from reasoner.export.proof import Examiner, Limit, Subject, tokens_differ
-from reasoner.export.request import ADAPTER, GGUF, Request
+from reasoner.export.request import ADAPTER, Request
 from reasoner.models import gguf
 from reasoner.models.loading import load_merged
 from reasoner.models.policy import Policy
@@ -34,7 +34,7 @@ def loader(request: Request) -> str:
     """Who loads the artefact."""
     if request.to == ADAPTER:
         return PEFT
-    return LLAMA_CPP if request.to == GGUF and llama.installed() else TRANSFORMERS
+    return LLAMA_CPP if request.is_gguf and llama.installed() else TRANSFORMERS
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def loaded(request: Request, path: Path, dtype: str, of: Origin, examiner: Exami
         yield examiner.subject(of.policy)
         return
     # On a CPU bfloat16 sums are slow, and say nothing of the files.
-    bfloat16 = request.to != GGUF and of.device.type == "cuda" and dtype == "bfloat16"
-    device = torch.device("cpu") if request.to == GGUF else of.device
+    bfloat16 = not request.is_gguf and of.device.type == "cuda" and dtype == "bfloat16"
+    device = torch.device("cpu") if request.is_gguf else of.device
     policy = load_merged(path, of.speech.tokenizer, dtype="bfloat16" if bfloat16 else "float32", device=device)
     yield examiner.subject(policy)
     del policy
@@ -72,7 +72,7 @@ def _reload(policy: Policy, folder: Path) -> None:
 
 def limit(request: Request, dtype: str | None, of: Origin, effect: float | None) -> Limit:
     """How far the artefact's logprobs may be from the policy's; `effect`: see `Limit.of`."""
-    if request.to == GGUF:
+    if request.is_gguf:
         return Limit.of_gguf(request.quant, effect, original=request.original)
     rounded = request.to != ADAPTER and torch.bfloat16 in (of.dtype, getattr(torch, str(dtype)))
     return Limit.of(rounded=rounded, effect=effect, original=request.original)
@@ -81,7 +81,7 @@ def limit(request: Request, dtype: str | None, of: Origin, effect: float | None)
 def differs(request: Request, path: Path, subject: Subject, of: Origin, texts: Sequence[str]) -> list[str]:
     """What the artefact says other than the run, a line each: tokens of the prompts, chat template, stop ids."""
     said, engine = of.speech, subject.engine
-    if request.to != GGUF:
+    if not request.is_gguf:
         return tokens_differ(path, said.tokenizer, said.stops, texts)
     if isinstance(engine, llama.LlamaEngine):
         ids: Any = [engine.tokenize(text) for text in texts]

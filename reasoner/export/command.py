@@ -23,11 +23,11 @@ from reasoner.disk import replace as replace_file
 from reasoner.errors import ConfigError, GuardTripped, RunFolderError
 from reasoner.evaluation.sets import compose_sets, to_measure
 from reasoner.evaluation.weights import BASE, Weights, weights_of
-from reasoner.export import again, gguf_artefact
+from reasoner.export import again, gguf_artefact, gguf_layout, ollama
 from reasoner.export.again import Origin
 from reasoner.export.gguf_file import Speech
 from reasoner.export.proof import Answers, Drawn, Examiner, compare, logprobs_of, sentence
-from reasoner.export.request import ADAPTER, GGUF, MERGED, Request
+from reasoner.export.request import ADAPTER, MERGED, OLLAMA, Request
 from reasoner.models import base_files, merged
 from reasoner.models.beside import save_beside
 from reasoner.models.loading import load_model, load_tokenizer
@@ -140,8 +140,10 @@ def _proved(
             f"the export is not the policy: {'; '.join(wrong)}. Its files and {REPORT} are kept in {request.out} to "
             "look at, not to use"
         )
-    untried = request.to == GGUF and again.loader(request) != again.LLAMA_CPP
+    untried = request.is_gguf and again.loader(request) != again.LLAMA_CPP
     console.say(f"exported: {request.out}; {sentence(numbers)}{UNTRIED if untried else ''}")
+    if request.to == OLLAMA:
+        console.say(f"next: ollama create NAME -f {request.out / ollama.MODELFILE}")
     return request.out
 
 
@@ -200,8 +202,11 @@ def _write(request: Request, opened: Opened, chosen: Weights, console: Console) 
             told = {"dtype": dtype, "base": base}
         else:
             name, quant = opened.config.name, request.quant
+            beside = _modelfile(request, opened) if request.to == OLLAMA else None
             told = gguf_artefact.write(policy, opened.speech, partial, out, name=name, quant=quant, original=original)
             told["base"] = base
+            if beside:
+                (partial / ollama.MODELFILE).write_text(beside, encoding="utf-8")
         if out.is_dir():
             out.rmdir()  # it was found empty
         partial.rename(out)
@@ -218,6 +223,17 @@ def _write(request: Request, opened: Opened, chosen: Weights, console: Console) 
         **told,
         "versions": versions(),
     }
+
+
+def _modelfile(request: Request, opened: Opened) -> str:
+    """Raises ModelError where Ollama can't ask as the run did."""
+    config, model = opened.config, opened.policy.base.config
+    context = min(gguf_layout.context_length(model), context_limit(config.model) or NO_CONTEXT_LIMIT)
+    stops = [opened.tokenizer.decode([number]) for number in opened.stop_ids]
+    system = data_of(config, config.grpo.data, "grpo.data").system
+    file = gguf_artefact.file_name(request.quant)
+    template = ollama.template_of(opened.template)
+    return ollama.modelfile(file, config, template, stops, system=system, context=context)
 
 
 def _ask(examiner: Examiner, policy: Policy) -> Asked:

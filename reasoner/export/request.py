@@ -10,17 +10,18 @@ from reasoner.export import llama
 from reasoner.export.gguf_file import F16, Q4_K_M, Q8_0
 from reasoner.run_folder import CONFIG
 
-USAGE = "export run=DIR to=adapter|merged|gguf [quant=q4_k_m|q8_0|f16] [checkpoint=NAME] [out=DIR]"
-ADAPTER, MERGED, GGUF = "adapter", "merged", "gguf"
+USAGE = "export run=DIR to=adapter|merged|gguf|ollama [quant=q4_k_m|q8_0|f16] [checkpoint=NAME] [out=DIR]"
+ADAPTER, MERGED, GGUF, OLLAMA = "adapter", "merged", "gguf", "ollama"
 CHOICES = {
-    "to": (ADAPTER, MERGED, GGUF),
+    "to": (ADAPTER, MERGED, GGUF, OLLAMA),
     "quant": (Q4_K_M, Q8_0, F16),
     "dtype": ("auto", "bfloat16", "float32"),
     "base": ("trained", "original"),
     "verify": ("true", "false"),
 }
 OWN = ("run", "checkpoint", "out", "problems", *CHOICES)
-OF = {"dtype": (MERGED,), "base": (MERGED, GGUF), "quant": (GGUF,)}  # the artefacts that a key is of
+FILES = (GGUF, OLLAMA)
+OF = {"dtype": (MERGED,), "base": (MERGED, *FILES), "quant": FILES}  # the artefacts that a key is of
 PROBLEMS = 100  # answered of each held-out set, by the policy and by the artefact
 
 
@@ -37,11 +38,16 @@ class Request:
     out: Path
     checkpoint: str | None = None
     dtype: str = "auto"  # of to=merged; auto: bfloat16 for a merged adapter, float32 for a model trained whole
-    quant: str = Q4_K_M  # of to=gguf
+    quant: str = Q4_K_M  # of to=gguf and to=ollama
     original: bool = False  # merge into the base as it was before NF4
     verify: bool = True
     problems: int = PROBLEMS
     overrides: tuple[str, ...] = ()
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are a GGUF file."""
+        return self.to in FILES
 
 
 def read_request(arguments: Sequence[str]) -> Request:
@@ -70,7 +76,7 @@ def read_request(arguments: Sequence[str]) -> Request:
         if key in own and own["to"] not in artefacts:
             raise ConfigError(f"{key}= is not for to={own['to']} but for to={'|'.join(artefacts)}: leave it out")
     quant = own.get("quant", Q4_K_M)
-    if own["to"] == GGUF and quant == Q4_K_M:
+    if own["to"] in FILES and quant == Q4_K_M:
         llama.require("quant=q4_k_m (quant=q8_0 and f16 do not)")
     run = Path(own["run"]).expanduser()
     if not (run / CONFIG).is_file():
@@ -90,7 +96,7 @@ def read_request(arguments: Sequence[str]) -> Request:
 
 
 def _out(own: dict[str, str], run: Path, quant: str) -> Path:
-    chosen = (f"-{quant}" if own["to"] == GGUF else "") + (f"-{own['checkpoint']}" if "checkpoint" in own else "")
+    chosen = (f"-{quant}" if own["to"] in FILES else "") + (f"-{own['checkpoint']}" if "checkpoint" in own else "")
     out = Path(own["out"]).expanduser() if "out" in own else run / "exports" / f"{own['to']}{chosen}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")

@@ -150,9 +150,9 @@ def test_the_share_of_an_adapter_is_seen_below_the_rounding():
         (["to=adapter"], "run= is missing"),
         (["run={tmp}/none", "to=adapter"], "there is no run"),
         (["run={run}"], "to= is missing"),
-        (["run={run}", "to=onnx"], "to=onnx is unknown; there are: adapter, merged, gguf"),
+        (["run={run}", "to=onnx"], "to=onnx is unknown; there are: adapter, merged, gguf, ollama"),
         (["run={run}", "to=gguf", "quant=q8_0", "dtype=float32"], "dtype= is not for to=gguf but for to=merged"),
-        (["run={run}", "to=merged", "quant=q8_0"], "quant= is not for to=merged but for to=gguf"),
+        (["run={run}", "to=merged", "quant=q8_0"], "quant= is not for to=merged but for to=gguf|ollama"),
         (["run={run}", "to=gguf", "quant=q4"], "quant=q4 is unknown"),
         (["run={run}", "to=adapter", "out={run}"], "exists and isn't empty"),
         (["run={whole}", "to=adapter", "out={tmp}/new"], "to=merged writes it"),
@@ -187,7 +187,7 @@ def test_a_command_of_the_page_runs(
 ):
     shutil.copytree(adapted_run, tmp_path / "outputs/tiny/DATE_TIME")
     monkeypatch.chdir(tmp_path)
-    assert len(COMMANDS) == 4 and main([*shlex.split(command), "problems=10"]) == 0
+    assert len(COMMANDS) == 5 and main([*shlex.split(command), "problems=10"]) == 0
     verified = told(next(tmp_path.glob("outputs/tiny/DATE_TIME/exports/*")))["verified"]
     assert verified == ("verify=false" not in command)
     assert ("not verified" in capsys.readouterr().out) != verified
