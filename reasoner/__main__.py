@@ -22,7 +22,7 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data", "reward", "report", "eval", "chat", "export", "init")
+VERBS = ("train", "data", "reward", "report", "eval", "chat", "serve", "export", "init")
 USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
        python -m reasoner reward conf=NAME --sample           try them on what its model says now
@@ -32,6 +32,7 @@ USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
        python -m reasoner eval run=RUN_FOLDER [key=value ...] measure it: checkpoints=all sets=math500 by=level
        python -m reasoner eval run=A run=B                    compare what two runs kept; loads no model
        python -m reasoner chat run=RUN_FOLDER                 talk to what it trained
+       python -m reasoner serve run=RUN_FOLDER [port=8000]    answer OpenAI's API on this machine, through vLLM
        python -m reasoner init [DIR]                          write a conf, a reward and ten rows to begin with
        python -m reasoner export run=RUN_FOLDER to=adapter|merged   what it trained as files for other programs, checked
        python -m reasoner resume=RUN_FOLDER [key=value ...]
@@ -216,7 +217,20 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
-OF_RUNS = {"eval": _eval, "chat": _chat, "export": _export, "init": _init}  # verbs that take a folder, not a conf
+def _serve(arguments: list[str]) -> int:
+    from reasoner.serve import serve
+
+    serve(arguments)
+    return 0
+
+
+OF_RUNS = {
+    "eval": _eval,
+    "chat": _chat,
+    "serve": _serve,
+    "export": _export,
+    "init": _init,
+}  # verbs that take a folder, not a conf
 
 
 def _hydra(conf: str, overrides: list[str], flags: list[str]) -> int:

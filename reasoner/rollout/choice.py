@@ -17,11 +17,8 @@ from reasoner.rollout.engine import Decode, Engine
 VLLM = "0.24.0"  # what it was tried with; vLLM changes from release to release what stands behind its names
 
 
-def obstacle(config_: config.Config) -> str | None:
-    """What keeps vLLM from sampling for this conf on this machine, as the end of a sentence; None: nothing known yet.
-
-    Looks at the machine and the settings, not at the model: `check_policy` does.
-    """
+def absent(asked: str) -> str | None:
+    """What this machine lacks of vLLM, as the end of a sentence; None: nothing. `asked` is what needs it."""
     if not torch.cuda.is_available():
         return "there is no CUDA GPU"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -29,9 +26,20 @@ def obstacle(config_: config.Config) -> str | None:
     try:
         installed = version("vllm")
     except PackageNotFoundError:
-        return str(MissingExtra("vllm", "gpu", "rollout=vllm"))
+        return str(MissingExtra("vllm", "gpu", asked))
     if installed != VLLM:
         return f"vllm {installed} is installed and {VLLM} is needed: pip install 'vllm=={VLLM}'"
+    return None
+
+
+def obstacle(config_: config.Config) -> str | None:
+    """What keeps vLLM from sampling for this conf on this machine, as the end of a sentence; None: nothing known yet.
+
+    Looks at the machine and the settings, not at the model: `check_policy` does.
+    """
+    why = absent("rollout=vllm")
+    if why is not None:
+        return why
     if world.size() > 1:
         return "it samples on one GPU, and torchrun started several processes"
     if config_.model.lora is None:
