@@ -13,6 +13,7 @@ import torch
 
 from reasoner.config import Config
 from reasoner.console import Console
+from reasoner.data.columns import ColumnTemplate
 from reasoner.data.task import Task, load_task
 from reasoner.errors import ConfigError, ModelError
 from reasoner.evaluate import Evaluator, accuracy_part
@@ -101,6 +102,8 @@ def assemble(
     for line in task.lines():
         console.say(line)
     rewards = load_rewards(config.reward, functions=functions, base_dir=base_dir, columns=task.columns())
+    for line in rewards.notices:
+        console.say(line)
     try:
         _rehearse(config, rewards, task, console)
         policy = load_model(config.model, tokenizer, seed=config.seed)
@@ -177,7 +180,7 @@ def _described(config: Config, policy: Policy) -> str:
 def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) -> None:
     """Score gold and bad completions. Only a part that is named as the accuracy must give gold full marks."""
     part = accuracy_part(config)
-    golds = gold_completions(rewards, task, part)
+    golds = gold_completions(rewards, task, part, config.data.completion)
     strict = part if part == "accuracy" or config.evaluate.accuracy else None
     for line in rehearse(rewards, golds, accuracy=strict):
         console.say(f"warning: {line}")
@@ -192,13 +195,20 @@ def _rehearse(config: Config, rewards: Rewards, task: Task, console: Console) ->
         )
 
 
-def gold_completions(rewards: Rewards, task: Task, part: str) -> list[tuple[Prompt, str]]:
-    """Prompts with a right completion: the answer in the form that earns most, or the worked one where that does."""
+def gold_completions(rewards: Rewards, task: Task, part: str, written: str | None = None) -> list[tuple[Prompt, str]]:
+    """Prompts with a right completion: the answer in the form that earns most, or the worked one where that does.
+
+    `written` is data.completion, which says what is right where no SFT reads it.
+    """
     prompts = task.first_prompts(REHEARSED)
     told = [
         [(prompt, _closed(prompt.prefill) + form.format(answer=prompt.answer)) for prompt in prompts]
         for form in GOLD_FORMS
     ]
+    if written:
+        form = ColumnTemplate(written, "data.completion")
+        whole = [prompt for prompt in prompts if all(form.has(prompt.columns, column) for column in form.columns)]
+        told.append([(prompt, _closed(prompt.prefill) + form.fill(prompt.columns)) for prompt in whole])
     return max([*told, _worked(task)], key=lambda golds: _earned(rewards, golds, part))
 
 

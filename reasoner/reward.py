@@ -36,7 +36,9 @@ def try_rewards(config: Config, *, base_dir: Path, say: Say) -> None:
     part = accuracy_part(config)
     strict = part if part == "accuracy" or config.evaluate.accuracy else None
     with load_rewards(config.reward, functions={}, base_dir=base_dir, columns=task.columns()) as rewards:
-        golds = gold_completions(rewards, task, part)
+        for line in rewards.notices:
+            say(line)
+        golds = gold_completions(rewards, task, part, config.data.completion)
         tried = try_out(rewards, golds, seed=config.seed)
         say(f"the rewards of conf={config.name}, tried on {len(golds)} rows; no model was loaded")
         for line in [*table(tried, rewards), *rewards.costs()]:

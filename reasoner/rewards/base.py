@@ -68,6 +68,7 @@ class Rewards:
     parts: tuple[Part, ...]
     setup: Setup
     workers: int
+    notices: tuple[str, ...] = ()  # what is to be said of them when a run starts
     _pool: Pool | None = field(default=None, init=False)
 
     @property
@@ -163,7 +164,7 @@ def load_rewards(
     sys_path = dict.fromkeys([*sys.path, *folders, str(base_dir.resolve()), str(Path.cwd())])
     setup = Setup(sources, tuple(sys_path))
     parameters = parameters_of(setup, names) if sources else {}
-    parts = []
+    parts, notices = [], []
     for name, part in reward.parts.items():
         if _is_judge(part, functions):
             parts.append(_judged(name, part, columns))
@@ -171,8 +172,14 @@ def load_rewards(
         builtin = BUILTINS.get(part.fn) if part.fn not in (functions or {}) else None
         signature = signature_of(names[name], parameters[name], part.options, columns)
         imports = builtin.imports if builtin else {}
-        parts.append(Part(name, part.weight, part.timeout_s, part.options, signature, imports))
-    return Rewards(tuple(parts), setup, reward.workers or min(MAX_DEFAULT_WORKERS, _cores()))
+        options = part.options
+        if builtin and builtin.prepares:
+            further, notice = builtin.prepare(f"reward.parts.{name}", options, part.timeout_s)
+            options = {**options, **further}
+            notices.append(notice)
+        parts.append(Part(name, part.weight, part.timeout_s, options, signature, imports))
+    workers = reward.workers or min(MAX_DEFAULT_WORKERS, _cores())
+    return Rewards(tuple(parts), setup, workers, tuple(notices))
 
 
 def _is_judge(part: RewardPart, functions: Mapping[str, Callable[..., Any]] | None) -> bool:

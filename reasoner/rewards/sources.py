@@ -5,8 +5,10 @@ The parent reads a file's text but runs none of it: a module with a hang or a cr
 worker that is replaced in mid-run runs the text that the run began with.
 """
 
+import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +25,19 @@ from reasoner.rewards.worker import ABSENT, LOADED, Source
 @dataclass(frozen=True, slots=True)
 class Builtin:
     """A function of this package; `imports` is a module too slow to load within a call's limit, by the answer kind
-    that needs it.
+    that needs it. With `prepares`, its module says what a part needs of the machine.
     """
 
     module: str
     function: str
     imports: Mapping[str, str] = field(default_factory=dict)
+    prepares: bool = False
+
+    def prepare(self, key: str, options: Mapping[str, Any], timeout_s: float) -> tuple[dict[str, Any], str]:
+        """Further options for the part `key`, and a line for the console. Raises RewardError if it can't run here."""
+        if sys.platform == "win32":
+            raise RewardError(f"{key}: programs are run on Linux and macOS only: take WSL2")
+        return importlib.import_module(self.module).prepare(key, options, timeout_s)
 
 
 BUILTINS = {
@@ -46,6 +55,7 @@ BUILTINS = {
     "cosine_length": Builtin("reasoner.rewards.length", "cosine_length", imports={"latex": "reasoner.rewards.latex"}),
     "repetition": Builtin("reasoner.rewards.language", "repetition"),
     "language": Builtin("reasoner.rewards.language", "language"),
+    "code": Builtin("reasoner.rewards.code", "code", prepares=True),
 }
 JUDGE = "judge"  # a built-in that no worker runs: base.py asks its endpoint
 HOW = "give file.py:function, module:function or a built-in name"

@@ -86,6 +86,9 @@ def test_all_boxes_in_turn_earn_the_last_one_only():
 
 # A completion's answer, its shape and its length vary apart: every right one is compared with every wrong one.
 ANSWERS = {"number": ("18", ["17", "", "17 or 18", "eighteen"]), "choice": ("B", ["A", "", "A or B", "AB"])}
+PROGRAMS = ["print(18)", "print(17)", "", "print('18 or 17')", "exit(0)"]
+ANSWERS["code"] = (f"\n```python\n{PROGRAMS[0]}\n```\n", [f"\n```python\n{wrong}\n```\n" for wrong in PROGRAMS[1:]])
+TESTS = '{"inputs": [""], "outputs": ["18"]}'  # what `code` has for a gold answer
 SHAPES = [
     "{}",
     "<think>We have it, so the answer is this one.</think>{}",
@@ -107,18 +110,19 @@ LENGTHS = [1, LIMIT_TOKENS // 2, LIMIT_TOKENS - 1, LIMIT_TOKENS, 4 * LIMIT_TOKEN
 def test_e10_correctness_outranks_the_rest_for_every_pair(group, make_prompt, make_completion, tmp_path):
     values = compose_conf("tiny", [f"reward={group}", f"grpo.max_completion_tokens={LIMIT_TOKENS}"]).values
     reward = validate(values).reward
-    gold, wrong = ANSWERS["choice" if group == "choice" else "number"]
-    cases = [(shape.format(said), n) for shape, said, n in product(SHAPES, [gold, *wrong], LENGTHS)]
+    gold, wrong = ANSWERS.get(group, ANSWERS["number"])
+    lengths = LENGTHS[:1] if group == "code" else LENGTHS  # a program's length is no matter, and running it costs
+    cases = [(shape.format(said), n) for shape, said, n in product(SHAPES, [gold, *wrong], lengths)]
     with load_rewards(reward, base_dir=tmp_path, columns={"answer_kind"}) as rewards:
-        prompt = make_prompt(gold, answer_kind="number")
+        prompt = make_prompt(TESTS if group == "code" else gold, answer_kind="number")
         scores = rewards.score([prompt] * len(cases), [make_completion(text, n) for text, n in cases])
     assert [score.failures for score in scores if score.failed] == []
     earned = {case: score.total for case, score in zip(cases, scores, strict=True) if score.parts["accuracy"] == 1.0}
     others = {case: score.total for case, score in zip(cases, scores, strict=True) if score.parts["accuracy"] != 1.0}
-    assert len(earned) >= len(LENGTHS)
-    assert len(others) >= 4 * len(LENGTHS)
+    assert len(earned) >= len(lengths)
+    assert len(others) >= 4 * len(lengths)
     assert {case: total for case, total in earned.items() if total <= max(others.values())} == {}
 
 
 def test_the_groups_are_all_there():
-    assert " ".join(GROUPS) == "choice clean concise exact judge math numeric overlong think think_answer"
+    assert " ".join(GROUPS) == "choice clean code concise exact judge math numeric overlong think think_answer"
