@@ -46,11 +46,18 @@ if not can_filter():
     pytest.skip("the sandbox is Linux's, on x86_64 and aarch64", allow_module_level=True)
 
 
+def skip_unless_allowed(method: str) -> None:
+    """A machine may refuse a method, or not have it; one that it allows must hold."""
+    why = holds(method)
+    if why:
+        assert "was refused" in why or "not installed" in why, why
+        pytest.skip(why)
+
+
 @pytest.fixture(scope="module", params=METHODS)
 def sandbox(request):
     """One confined process for all the tests of a method; the environment that starts it holds a secret."""
-    if why := holds(request.param):
-        pytest.skip(why)
+    skip_unless_allowed(request.param)
     os.environ["REASONER_TEST_TOKEN"] = "hunter2"
     made = Sandbox(request.param)
     made.start()
@@ -235,6 +242,8 @@ def test_privileges_are_gone_for_good(said):
         "def f(): f()\nsys.setrecursionlimit(10 ** 9)\nf()",
         "threading.Thread(target=lambda: __import__('time').sleep(60)).start()",
         "import atexit\natexit.register(lambda: __import__('time').sleep(60))",
+        "os.close(1)\n__import__('time').sleep(60)",
+        "print('x' * (9 << 20))",
     ],
 )
 def test_what_runs_away_costs_its_own_limit(best, program):
@@ -281,31 +290,37 @@ ASK = {"setup": "", "entry": "", "helpers": []}
 def test_the_tests_text_never_reaches_the_program(best):
     """A program that looks everywhere for the wanted value: its objects, frames and descriptors."""
     program = """
-import gc, os, sys, fcntl
-found = []
-def look(thing):
-    if "98765432123" in repr(thing)[:100000]:
-        found.append(thing)
+import fcntl, gc, os, sys
+found, wanted = [], str(int("98765432000") + 123)
+def look(place, text):
+    if wanted in text[:200_000]:
+        found.append(place)
 for thing in gc.get_objects():
-    if isinstance(thing, (dict, list, tuple)) and thing is not found:
-        try: look(thing)
-        except Exception: pass
-for descriptor in range(64):
+    inner = list(thing.values()) if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else []
+    for text in inner:
+        if isinstance(text, str) and text is not wanted:
+            look("an object", text)
+frame = sys._getframe().f_back
+while frame:
+    look("a frame", repr([v for k, v in frame.f_locals.items() if k != "wanted"]))
+    frame = frame.f_back
+for descriptor in (0, *range(5, 64)):  # 3 and 4 carry the calls
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_NONBLOCK)
-        look(os.read(descriptor, 4096))
+        look("a descriptor", os.read(descriptor, 4096).decode("utf-8", "replace"))
+    except OSError:
+        pass
+    finally:
+        try: fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)
+        except OSError: pass
+for name in ("/dev/fd/0", "/proc/self/fd/0"):
+    try: look(name, open(name).read())
     except OSError: pass
-frame = sys._getframe()
-while frame:
-    look(frame.f_locals); frame = frame.f_back
-for name in ("/dev/fd/0", "/proc/self/fd/0", "tests.json"):
-    try: look(open(name).read())
-    except OSError: pass
-mine = [thing for thing in found if "look" not in repr(thing)[:100000]]
-def f(): return 98765432000 + 123 * bool(mine)
+def f(): return 98765432000 + 123 * bool(found)
+def honest(): return not found
 """
-    passed, _ = best.judge(program, ASK | {"statements": ["assert f() == 98765432123"]}, LIMITS, partial=True)
-    assert passed == [False]
+    tests = ASK | {"statements": ["assert f() == 98765432123", "assert honest()"]}
+    assert best.judge(program, tests, LIMITS, partial=True) == ([False, True], True)
 
 
 def test_tests_that_hang_or_break_are_told_apart(best):
@@ -359,8 +374,7 @@ def processes_naming(pid: int) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_outlives_a_killed_worker(method):
-    if why := holds(method):
-        pytest.skip(why)
+    skip_unless_allowed(method)
     script = (
         "from reasoner.rewards.sandbox import *\n"
         f"made = Sandbox({method!r})\nmade.start()\nprint('up', flush=True)\n"
