@@ -291,18 +291,18 @@ def test_the_tests_text_never_reaches_the_program(best):
     """A program that looks everywhere for the wanted value: its objects, frames and descriptors."""
     program = """
 import fcntl, gc, os, sys
-found, wanted = [], str(int("98765432000") + 123)
+found, backwards = [], str(int("98765432000") + 123)[::-1]  # not to find this itself
 def look(place, text):
-    if wanted in text[:200_000]:
+    if backwards[::-1] in text[:200_000]:
         found.append(place)
 for thing in gc.get_objects():
     inner = list(thing.values()) if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else []
     for text in inner:
-        if isinstance(text, str) and text is not wanted:
+        if isinstance(text, str):
             look("an object", text)
 frame = sys._getframe().f_back
 while frame:
-    look("a frame", repr([v for k, v in frame.f_locals.items() if k != "wanted"]))
+    look("a frame", repr(list(frame.f_locals.values())))
     frame = frame.f_back
 for descriptor in (0, *range(5, 64)):  # 3 and 4 carry the calls
     try:
