@@ -105,8 +105,12 @@ class Data:
     system: str | None = None
     template: str = "model"  # model (the tokenizer's own), plain, chatml, or a .jinja file
     date: str = "26 Jul 2024"  # the date that a template prints; fixed, so that prompts don't change at midnight
-    heldout: Annotated[float, Field(ge=0)] = 0.1  # rows (>= 1) or a share (< 1) kept for the set `heldout`
-    validation: Annotated[float, Field(ge=0)] = 0  # rows (or a share) of grpo's that only choose its best checkpoint
+    heldout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        0.1  # rows (>= 1) or a share (< 1) kept for the set `heldout`
+    )
+    validation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        0  # rows (or a share) of grpo's that only choose its best checkpoint
+    )
     overlap: Literal["exact", "masked", "off"] = "exact"
     max_prompt_tokens: PositiveInt = 512
     seed: int = 0  # draws generated rows and the held-out split; apart from the run's seed, so that runs compare
@@ -246,6 +250,8 @@ def validate(values: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     for where, node in [("data", {}), *_data_nodes(config)]:
+        if "validation" in node and where != "grpo.data":
+            raise ConfigError(f"{where}.validation chooses nothing: rows are kept to choose by as data.validation")
         rows = data_of(config, node, where).validation
         if rows >= 1 and rows % 1:
             raise ConfigError(f"{where}.validation={rows:g}: give a number of rows, or a share below 1")

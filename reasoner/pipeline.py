@@ -18,7 +18,7 @@ import yaml
 from reasoner import checkpoint, signals, world
 from reasoner.assembly import EngineMaker, assemble
 from reasoner.compose import compose_conf, leaves, source_of
-from reasoner.config import Config, validate
+from reasoner.config import Config, data_of, validate
 from reasoner.console import Console
 from reasoner.errors import ConfigError, GuardTripped, Interrupted, ReasonerError
 from reasoner.grpo.losses import Loss
@@ -30,7 +30,7 @@ from reasoner.results import Results
 from reasoner.resume import check_resume
 from reasoner.rewards.base import Rewards
 from reasoner.run import Run, Saved
-from reasoner.run_folder import CONFIG, EVAL, EVAL_PROBLEMS, METRICS, RunFolder, read_rows
+from reasoner.run_folder import EVAL, EVAL_PROBLEMS, METRICS, RunFolder, read_config, read_rows
 from reasoner.summary import notes_of, summary
 from reasoner.tracking import close_all, make_trackers
 
@@ -176,7 +176,7 @@ class Pipeline:
     def _go_on(self, folder: RunFolder, console: Console, saved: Saved) -> Results:
         """What the run had measured by its checkpoint, once the settings are found to fit it."""
         source = Path(str(self.config.resume.dir))
-        old = yaml.safe_load((source / CONFIG).read_text(encoding="utf-8"))
+        old = read_config(source)
         for line in check_resume(old, plain(asdict(self.config)), self.config.resume.allow, saved.progress):
             console.say(f"changed: {line}")
         console.notes.extend(notes_of(source))
@@ -231,7 +231,7 @@ class Pipeline:
 def _check_validation(config: Config) -> None:
     """Raises ConfigError where a new run would keep rows from training to choose by, and never choose. One that goes on
     may: its rows are fixed, and eval_every is not."""
-    rows = config.data.validation
+    rows = data_of(config, config.grpo.data, "grpo.data").validation
     if rows and "grpo" in config.stages and not config.grpo.eval_every and not config.resume.dir:
         raise ConfigError(
             f"data.validation={rows:g} keeps rows from training to choose a checkpoint by, and nothing chooses: set "

@@ -14,6 +14,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
+
 from reasoner import disk, world
 from reasoner.errors import RunFolderError
 from reasoner.lock import Lock
@@ -104,9 +106,14 @@ class RunFolder:
         self._append(EVAL_PROBLEMS, rows)
 
     def eval_rows(self) -> list[dict[str, Any]]:
-        """What `eval.json` holds, [] without one."""
+        """What `eval.json` holds, [] without one. Raises RunFolderError if it is damaged."""
         path = self.path / EVAL
-        return json.loads(path.read_bytes()) if path.exists() else []
+        if not path.exists():
+            return []
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            raise RunFolderError(f"{path} is damaged ({error}): move it away, and what it told is gone") from error
 
     def cut_back(self, stage_index: int, step: int) -> None:
         """Remove every row later than a checkpoint of (stage_index, step), and a last line that a kill cut in half.
@@ -149,6 +156,20 @@ class RunFolder:
         except OSError as error:
             remedy = f"the newest checkpoint is kept: make room, then go on with resume={self.path}"
             raise disk.refusal(error, doing, remedy) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run. Raises RunFolderError where there is no run, or its config.yaml is damaged."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise RunFolderError(f"run={folder}: there is no run (no {CONFIG}): name a run's folder")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged ({' '.join(str(error).split())}): mend it first") from error
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{path} is damaged (no settings by name in it): mend it first")
+    return found
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

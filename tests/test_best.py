@@ -141,6 +141,10 @@ def test_going_on_without_the_best_checkpoint_is_refused_at_once(whole: Path, tm
     [
         (["data.validation=1.5"], r"^data\.validation=1\.5: give a number of rows, or a share below 1$"),
         (["grpo.data.validation=2.5"], r"^grpo\.data\.validation=2\.5: give a number of rows"),
+        (["sft.data.validation=9"], r"^sft\.data\.validation chooses nothing: .* data\.validation$"),
+        (["data.validation=inf"], r"^data\.validation=inf"),
+        (["data.heldout=inf"], r"^data\.heldout=inf"),
+        (["data.validation=0", "grpo.data.validation=40", "grpo.eval_every=null"], r"^data\.validation=40 keeps rows"),
         (["grpo.eval_every=null"], r"^data\.validation=40 keeps rows .* set grpo\.eval_every=50 too"),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from reasoner.errors import RunFolderError
-from reasoner.run_folder import RunFolder, read_rows
+from reasoner.run_folder import RunFolder, read_config, read_rows
 from tests.two_ranks import on_two_ranks
 
 
@@ -209,6 +209,19 @@ def test_g11_an_evaluation_that_was_not_finished_is_done_again(tmp_path: Path) -
         assert len(list(read_rows(tmp_path / "eval_problems.jsonl"))) == 2
         run.cut_back(2, 0)
         assert [found["row"] for found in read_rows(tmp_path / "eval_problems.jsonl")] == ["base"]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path) as run:
+        (tmp_path / "eval.json").write_text("[{")
+        with pytest.raises(RunFolderError, match=r"eval\.json is damaged .*move it away"):
+            run.eval_rows()
+    with pytest.raises(RunFolderError, match="there is no run"):
+        read_config(tmp_path)
+    for text in ("a: [1,", "- 1", ""):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(RunFolderError, match=r"config\.yaml is damaged"):
+            read_config(tmp_path)
 
 
 def test_written_after_close_is_our_bug(tmp_path: Path) -> None:

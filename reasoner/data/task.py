@@ -142,7 +142,7 @@ def _sections(config: Config, given: Sequence[Mapping[str, Any]] | None) -> list
     training = [section(name, f"{name}.data", getattr(config, name).data) for name in TRAINING if name in config.stages]
     measured = not MEASURING.isdisjoint(config.stages)
     nodes = config.evaluate.sets
-    chooses = bool(config.data.validation) and "grpo" in config.stages
+    chooses = "grpo" in config.stages and data_of(config, config.grpo.data, "grpo.data").validation > 0
     for name in (name for name in (*TRAINING, HELDOUT, *([VALIDATION] if chooses else [])) if name in nodes):
         raise ConfigError(f"evaluate.sets.{name}: the name is taken; choose another for the set")
     validation = [section(VALIDATION, "grpo.data", config.grpo.data)] if chooses else []

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from reasoner.config import nearest
 from reasoner.console import Console
 from reasoner.errors import ConfigError, RunFolderError
@@ -17,7 +15,7 @@ from reasoner.evaluation.groups import check_kept
 from reasoner.evaluation.measure import default_at, tell
 from reasoner.evaluation.request import Request
 from reasoner.results import sets_of_rows
-from reasoner.run_folder import CONFIG, EVAL_PROBLEMS, read_rows
+from reasoner.run_folder import EVAL_PROBLEMS, read_config, read_rows
 from reasoner.words import plural
 
 CONDITIONS = (  # what rows must share to differ by their weights alone
@@ -127,7 +125,7 @@ def _by_problem(side: Side, name: str) -> dict[tuple[str, int], Any]:
 def _conditions(sides: Sequence[Side]) -> list[str]:
     """What was not the same when they were measured, a line each."""
     folders = list(dict.fromkeys(side.folder for side in sides))
-    confs = [yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) for folder in folders]
+    confs = [read_config(folder) for folder in folders]
     lines = []
     for key in CONDITIONS:
         values = [_value(conf, key) for conf in confs]

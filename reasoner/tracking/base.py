@@ -65,7 +65,7 @@ def _begin(
         client = kind.load()
     except MissingExtra:
         raise
-    except Exception as error:  # noqa: BLE001 - a package that breaks as it is imported is no reason not to train
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a package that breaks as it is imported is no reason not to train
         say(f"{name}: {first_line(error)}; {OFF}")
         return None
     return Background(name, lambda said: _Redacted(kind(run, config, said, client), redactor), say)
