@@ -65,6 +65,7 @@ class Rescored:
     moments: list[float] = field(default_factory=lambda: [0.0] * 5)
     moved: list[tuple[float, int, Row, Score, float]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()  # of the rewards, as at the start of a run
 
     @property
     def correlation(self) -> float | None:
@@ -93,6 +94,7 @@ def rescore(run: Path, config: Config, *, base_dir: Path) -> Rescored:
                 columns = set(kept[0]["columns"]).intersection(*(row["columns"] for row in kept))
                 rewards = load_rewards(config.reward, base_dir=base_dir, columns=columns)
                 _refuse_token_ids(rewards)
+                found.notices = rewards.notices
                 found.parts |= {name: Sums() for name in rewards.part_names}
             found.steps.append(step)
             _step(found, rewards, kept, config)
@@ -197,6 +199,7 @@ def lines(run: Path, config: Config, found: Rescored) -> list[str]:
     told = [
         f"{plural(n, 'completion')} of {run}, steps {min(found.steps)} to {max(found.steps)}, scored again; no model "
         "was loaded",
+        *found.notices,
         f"{'part':20} {'weight':>7} {'before':>8} {'after':>8} {'changed':>9} {'failed':>7}",
         *(_line(name, f"{config.reward.parts[name].weight:g}", sums) for name, sums in found.parts.items()),
         _line("total", "", found.total),

@@ -162,11 +162,13 @@ def find(namespace: Mapping[str, Any], name: str) -> Any:
 
 
 class Line:
-    """The way from the tests to the program. `limit_s` bounds each test; it begins with `start`."""
+    """The way from the tests to the program. `limit_s` bounds each test; it begins with `start`. A program that was
+    late once is not asked again: its late reply would be taken for the next one.
+    """
 
     def __init__(self, requests: int, replies: int, limit_s: float):
         self._requests, self._replies, self._limit_s = requests, replies, limit_s
-        self._deadline = 0.0
+        self._deadline, self._broken = 0.0, False
 
     def start(self) -> None:
         """A new test begins."""
@@ -175,11 +177,7 @@ class Line:
     def ask(self, do: str, of: str | int, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None) -> Any:
         """What the program gives, or the exception that it raised, as the built-in one of that name."""
         request = {"do": do, "of": of, "arguments": _sent(list(arguments)), "named": _sent(dict(named or {}))}
-        try:
-            write_frame(self._requests, request)
-        except BrokenPipeError:
-            raise Broken("the program ended") from None
-        reply = read_frame(self._replies, self._deadline, MAX_REPLY_BYTES)
+        reply = self._reply(request)
         try:
             if "error" in reply:
                 kind, text = reply["error"]
@@ -189,6 +187,18 @@ class Line:
             if getattr(error, "of_the_program", False):
                 raise
             raise Broken("no reply") from None
+
+    def _reply(self, request: Any) -> Any:
+        if self._broken:
+            raise Broken("the program failed before")
+        self._broken = True
+        try:
+            write_frame(self._requests, request)
+        except BrokenPipeError:
+            raise Broken("the program ended") from None
+        reply = read_frame(self._replies, self._deadline, MAX_REPLY_BYTES)
+        self._broken = False
+        return reply
 
 
 def _sent(value: Any) -> Any:

@@ -331,6 +331,11 @@ def test_tests_that_hang_or_break_are_told_apart(best):
     assert judged(good, "assert f(1) == 2", "assert f(1) == 3", "assert f(2) == 3") == ([True, False, True], True)
     hangs = "def f(x):\n    while x == 2: pass\n    return x + 1"
     assert judged(hangs, "assert f(1) == 2", "assert f(2) == 3") == ([True, False], True)
+    late = "import time\ndef f(x):\n    if x == 1: time.sleep(0.6)\n    return x + 1"
+    assert judged(late, "assert f(1) == 2", "import time; time.sleep(0.3); assert f(1.0) == 2") == (
+        [False, False],
+        True,
+    )
     assert judged("import os\ndef f(x): os._exit(0)", "assert f(1) == 2", "assert True") == ([False, True], True)
     assert judged("while True: pass", "assert f(1) == 2")[0] in ([False], [])
     for statement, why in [
