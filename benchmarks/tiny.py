@@ -30,10 +30,9 @@ SEEDS = (0, 1, 2)
 class ShuffledRewards(Rewards):
     """The rewards of a step, each given to a completion drawn at random; what an evaluation asks for stays in place."""
 
-    def score(self, prompts, completions, *, only=None):
-        scores = Rewards.score(self, prompts, completions, only=only)
-        if only is None:
-            random.Random(f"{prompts[0].id}/{completions[0].sampling_logprobs}").shuffle(scores)
+    def collect(self, step):
+        scores = Rewards.collect(self, step)
+        random.Random(f"{step[0].prompt.id}/{step[0].completion.sampling_logprobs}").shuffle(scores)
         return scores
 
 

@@ -42,7 +42,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         "grad_norm": "before clipping",
         "lr": "learning rate of the step",
         "generate_s": "seconds of sampling",
-        "reward_s": "seconds of scoring",
+        "reward_s": "seconds of scoring after the last completion was sampled",
         "logprobs_s": "seconds of reference and old logprobs",
         "update_s": "seconds in forward, backward and optimizer",
         "sync_s": "seconds of handing the new weights to the engine",

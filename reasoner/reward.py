@@ -74,7 +74,9 @@ def try_on_samples(config: Config, *, base_dir: Path) -> None:
                 config.seed,
             )
             console.status(f"{config.model.name} answers {plural(len(prompts), 'prompt')}")
-            said = rollout(prompts, lambda ps: parts.engine.generate(ps, sampling, policy_step=0))
+            said = rollout(
+                prompts, lambda ps, heard: parts.engine.generate(ps, sampling, policy_step=0, finished=heard)
+            )
             groups = _groups(parts.rewards, prompts, said)
         finally:
             parts.engine.close()

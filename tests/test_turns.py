@@ -28,11 +28,11 @@ class Strict(HfEngine):
     def _now(self) -> dict[str, list[float]]:
         return {name: weight.flatten()[:4].tolist() for name, weight in self.policy.trainable().items()}
 
-    def generate(self, prompts, sampling, *, policy_step):
+    def generate(self, prompts, sampling, *, policy_step, **how):
         assert self.awake and not self.closed
         assert self.handed == self._now(), "it would sample from old weights"
         self.log.append("generate")
-        return super().generate(prompts, sampling, policy_step=policy_step)
+        return super().generate(prompts, sampling, policy_step=policy_step, **how)
 
     def load_adapter(self, state, policy_step):
         assert self.awake, "its memory is unmapped"
@@ -96,10 +96,10 @@ def test_a_card_that_fails_ends_in_one_line_with_its_checkpoint_kept_and_nothing
     made: list[Strict] = []
 
     class Failing(Strict):
-        def generate(self, prompts, sampling, *, policy_step):
+        def generate(self, prompts, sampling, *, policy_step, **how):
             if policy_step == 3:
                 raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
-            return super().generate(prompts, sampling, policy_step=policy_step)
+            return super().generate(prompts, sampling, policy_step=policy_step, **how)
 
     def make_engine(name, conf, policy, decode, *, max_context, kv_bytes):
         made.append(Failing(policy, decode, max_context=max_context, max_sequences=64))

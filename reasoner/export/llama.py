@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reasoner.errors import MissingExtra, ModelError
-from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts
+from reasoner.rollout.engine import Capabilities, Decode, Finished, Sampling, check_prompts, unheard
 from reasoner.types import Completion, Prompt
 
 PACKAGE = "llama_cpp"
@@ -97,14 +97,18 @@ class LlamaEngine:
         self._size = llama.llama_vocab_n_tokens(self._vocabulary)
         self._batch = llama.llama_batch_init(options.n_batch, 0, 1)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int, finished: Finished = unheard
+    ) -> list[list[Completion]]:
         """See `Engine.generate`; temperature 0 and one completion alone."""
         assert sampling.temperature == 0 and sampling.num_completions == 1, sampling
         check_prompts(prompts, sampling, self.max_context, self.capabilities)
         found: list[list[Completion]] = []
         for start in range(0, len(prompts), SEQUENCES):
             some = prompts[start : start + SEQUENCES]
-            found += [[self._completion(*one, sampling, policy_step)] for one in self._greedy(some, sampling)]
+            for i, one in enumerate(self._greedy(some, sampling), start):
+                found.append([self._completion(*one, sampling, policy_step)])
+                finished(i, 0, found[i][0])
         return found
 
     def score(self, token_ids: Sequence[int]) -> Tensor:

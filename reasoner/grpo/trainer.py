@@ -23,8 +23,8 @@ from reasoner.grpo.mismatch import Mismatch
 from reasoner.grpo.resample import More, Sampled, sample
 from reasoner.metrics import Stopwatch, Sums, peak_gib
 from reasoner.models.policy import Policy
-from reasoner.rewards.base import Rewards
-from reasoner.rollout.engine import Engine, Sampling, asleep
+from reasoner.rewards.base import Rewards, Waiting
+from reasoner.rollout.engine import Engine, Finished, Sampling, asleep
 from reasoner.rollout.single_turn import rollout
 from reasoner.types import Completion, Group, Prompt
 from reasoner.update import LossOutput, Updater, UpdateResult
@@ -102,20 +102,28 @@ class GRPOTrainer:
         return StepReport((*judged, *(judged_dead(group) for group in sampled.dropped)), report)
 
     def _practise(self, prompts: Sequence[Prompt], policy_step: int, watch: Stopwatch) -> list[Group]:
-        """Groups of completions with their scores."""
-        with watch.measure("generate_s"):
-            completions = rollout(prompts, lambda ps: self.engine.generate(ps, self.sampling, policy_step=policy_step))
-        with watch.measure("reward_s"):
-            return self._score(prompts, completions)
+        """Groups of completions with their scores; judging begins while other completions are still sampled."""
+        waiting: dict[tuple[int, int], Waiting] = {}
 
-    def _score(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
-        flat = [(prompt, c) for prompt, several in zip(prompts, completions, strict=True) for c in several]
-        scores = iter(self.rewards.score([prompt for prompt, _ in flat], [completion for _, completion in flat]))
-        groups = [
-            Group(prompt, tuple(several), tuple(next(scores) for _ in several))
-            for prompt, several in zip(prompts, completions, strict=True)
-        ]
-        self._guard_rewards(groups)
+        def finished(i: int, k: int, completion: Completion) -> None:
+            waiting[i, k] = self.rewards.submit(prompts[i], completion)
+
+        def generate(ps: Sequence[Prompt], finished: Finished) -> list[list[Completion]]:
+            return self.engine.generate(ps, self.sampling, policy_step=policy_step, finished=finished)
+
+        with watch.measure("generate_s"):
+            completions = rollout(prompts, generate, finished)
+        with watch.measure("reward_s"):
+            for i, several in enumerate(completions):
+                for k, completion in enumerate(several):
+                    if (i, k) not in waiting:  # its rollout said nothing of it
+                        finished(i, k, completion)
+            scores = iter(self.rewards.collect([waiting[place] for place in sorted(waiting)]))
+            groups = [
+                Group(prompt, tuple(several), tuple(next(scores) for _ in several))
+                for prompt, several in zip(prompts, completions, strict=True)
+            ]
+            self._guard_rewards(groups)
         return groups
 
     def _guard_rewards(self, groups: Sequence[Group]) -> None:

@@ -53,6 +53,8 @@ class Part:
 class Waiting:
     """A completion that is being judged."""
 
+    prompt: Prompt
+    completion: Completion
     parts: tuple[Part, ...]
     outcomes: tuple[Future[Outcome], ...]
 
@@ -86,10 +88,16 @@ class Rewards:
         waiting = [self.submit(p, c, only=only) for p, c in zip(prompts, completions, strict=True)]
         return [one.score() for one in waiting]
 
-    def submit(self, prompt: Prompt, completion: Completion, *, only: str | None = None) -> "Waiting":
+    def submit(self, prompt: Prompt, completion: Completion, *, only: str | None = None) -> Waiting:
         """The Score-to-be of one completion, which is being judged from now on."""
         parts = tuple(part for part in self.parts if only in (None, part.name))
-        return Waiting(parts, tuple(self._submit(part, part.call(prompt, completion)) for part in parts))
+        return Waiting(
+            prompt, completion, parts, tuple(self._submit(part, part.call(prompt, completion)) for part in parts)
+        )
+
+    def collect(self, step: Sequence[Waiting]) -> list[Score]:
+        """The Scores of what a step of training submitted, in its order."""
+        return [one.score() for one in step]
 
     def _submit(self, part: Part, call: Call) -> Future[Outcome]:
         if part.judge:

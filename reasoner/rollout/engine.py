@@ -4,7 +4,7 @@ An engine takes prompts as token ids and gives completions as token ids, with th
 the distribution it was really drawn from. The sampling law of training: softmax(logits / temperature) over the whole
 vocabulary, as the trainer computes it. There is no field for top-p, top-k, min-p or penalties: what they hide stays
 unseen, whatever is corrected afterwards. Left out: tools and several turns (a rollout function around `generate`, see
-single_turn.py) and streaming.
+single_turn.py) and streaming token by token.
 """
 
 from collections import Counter
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Decode = Callable[[Sequence[int]], str]  # ids -> text with special tokens kept
+Finished = Callable[[int, int, Completion], None]  # which prompt, which of its completions, and that one
+
+
+def unheard(prompt: int, number: int, completion: Completion) -> None:
+    """Nobody waits for single completions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +62,12 @@ class Engine(Protocol):
         """What this engine is and can do."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int, finished: Finished = unheard
+    ) -> list[list[Completion]]:
         """`num_completions` completions of each prompt, in the prompts' order.
 
+        `finished` is called in this thread with each of them, once, while others may still be sampled; in any order.
         `policy_step` names the weights sampled from, and varies the draws. The same prompts, sampling, weights and step
         give the same completions; the process's own random state is left alone. At temperature 0 the likeliest token
         is taken, with its logprob at temperature 1. Head rows beyond the tokenizer's last id are not banned, because

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from reasoner.errors import GuardTripped, ModelError
 from reasoner.models.policy import Policy
-from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts, prompt_seeds
+from reasoner.rollout.engine import Capabilities, Decode, Finished, Sampling, check_prompts, prompt_seeds, unheard
 from reasoner.types import Completion, Prompt
 
 # Rows that ended leave when they are this share of those held: each time costs one copy of the cache.
@@ -50,7 +50,9 @@ class HfEngine:
         self._backbone = getattr(policy.base, policy.base.base_model_prefix)
         self._cache_keyword = _cache_keyword(self._backbone)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int, finished: Finished = unheard
+    ) -> list[list[Completion]]:
         """See `Engine.generate`. Raises GuardTripped if the scores are not finite, ModelError if memory runs out."""
         assert self.policy_step in (None, policy_step), f"weights of {self.policy_step}, asked for {policy_step}"
         check_prompts(prompts, sampling, self.max_context, self.capabilities)
@@ -60,15 +62,18 @@ class HfEngine:
         with self._sampling_mode():
             for start in range(0, len(order), self.max_sequences):
                 rows = order[start : start + self.max_sequences]
-                ids, logprobs = self._sample([prompts[row // num].token_ids for row in rows], draws[rows], sampling)
-                if not torch.isfinite(logprobs).all():
-                    raise GuardTripped(
-                        f"the model's scores are not finite at policy step {policy_step}: its weights have diverged; "
-                        "go on from an earlier checkpoint with a lower learning rate"
-                    )
-                lengths = completion_lengths(ids, sampling.stop_ids)
-                for row, its_ids, its_logprobs, n in zip(rows, ids.tolist(), logprobs.tolist(), lengths, strict=True):
-                    done[row] = self._completion(its_ids[:n], its_logprobs[:n], sampling, policy_step)
+                token_ids = [prompts[row // num].token_ids for row in rows]
+                for left, ids, logprobs in self._sample(token_ids, draws[rows], sampling):
+                    if not torch.isfinite(logprobs).all():
+                        raise GuardTripped(
+                            f"the model's scores are not finite at policy step {policy_step}: its weights have "
+                            "diverged; go on from an earlier checkpoint with a lower learning rate"
+                        )
+                    lengths = completion_lengths(ids, sampling.stop_ids)
+                    for k, its_ids, its_logprobs, n in zip(left, ids.tolist(), logprobs.tolist(), lengths, strict=True):
+                        one = self._completion(its_ids[:n], its_logprobs[:n], sampling, policy_step)
+                        done[rows[k]] = one
+                        finished(rows[k] // num, rows[k] % num, one)
         return [[done[i * num + k] for k in range(num)] for i in range(len(prompts))]
 
     def stream(self, prompt: Prompt, sampling: Sampling, *, policy_step: int) -> Generator[int, None, None]:
@@ -129,8 +134,11 @@ class HfEngine:
             for module, training in modes:
                 module.training = training
 
-    def _sample(self, prompts: Sequence[tuple[int, ...]], draws: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-        """One completion for each of R prompts: ids, logprobs [R, max_tokens]; what follows a stop id means nothing."""
+    def _sample(
+        self, prompts: Sequence[tuple[int, ...]], draws: Tensor, sampling: Sampling
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """One completion for each of R prompts, in pieces as rows leave: which rows (R' of them), ids and logprobs
+        [R', max_tokens]; what follows a stop id means nothing."""
         device, max_tokens = self.policy.device, sampling.max_tokens
         unique = {token_ids: i for i, token_ids in enumerate(dict.fromkeys(prompts))}
         owner = torch.tensor([unique[token_ids] for token_ids in prompts], device=device)
@@ -155,12 +163,14 @@ class HfEngine:
             if num_ended == len(ended) or t + 1 == max_tokens:
                 break
             if num_ended >= DROP_SHARE * len(ended):
+                left = rows[ended]
+                yield left.tolist(), ids[left], logprobs[left]
                 going = (~ended).nonzero()[:, 0]
                 rows, ended, picked, position, mask = (x[going] for x in (rows, ended, picked, position, mask))
                 _take_rows(cache, going)
             position = position + 1
             logits = self._logits(picked[:, None], mask[:, : width + t + 1], position, cache)
-        return ids, logprobs
+        yield rows.tolist(), ids[rows], logprobs[rows]
 
     def _logits(self, token_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Scores of the token after the last one given: float32 [R, V]. The cache grows by token_ids [R, T]."""

@@ -6,12 +6,16 @@ times and marks the tokens that it wrote itself `sampled=False`: it is no engine
 
 from collections.abc import Callable, Sequence
 
+from reasoner.rollout.engine import Finished, unheard
 from reasoner.types import Completion, Prompt
 
-Generate = Callable[[Sequence[Prompt]], list[list[Completion]]]
-Rollout = Callable[[Sequence[Prompt], Generate], list[list[Completion]]]
+Generate = Callable[[Sequence[Prompt], Finished], list[list[Completion]]]
+Rollout = Callable[[Sequence[Prompt], Generate, Finished], list[list[Completion]]]
 
 
-def rollout(prompts: Sequence[Prompt], generate: Generate) -> list[list[Completion]]:
-    """The completions of each prompt, in the prompts' order: one question, one answer."""
-    return generate(prompts)
+def rollout(prompts: Sequence[Prompt], generate: Generate, finished: Finished = unheard) -> list[list[Completion]]:
+    """The completions of each prompt, in the prompts' order: one question, one answer.
+
+    `finished` may be called with a completion as soon as nothing will be added to it; not every one has to be.
+    """
+    return generate(prompts, finished)

@@ -17,7 +17,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from reasoner.errors import GuardTripped, ModelError
 from reasoner.models.adapters import linear_rows
 from reasoner.models.policy import Policy
 from reasoner.rollout.canary import Canary, Reading
-from reasoner.rollout.engine import Capabilities, Decode, Sampling, check_prompts, prompt_seeds
+from reasoner.rollout.engine import Capabilities, Decode, Finished, Sampling, check_prompts, prompt_seeds, unheard
 from reasoner.rollout.platform import engine_environment
 from reasoner.rollout.vllm_adapter import EngineAdapter
 from reasoner.types import Completion, Prompt
@@ -92,7 +92,9 @@ class VllmEngine:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int, finished: Finished = unheard
+    ) -> list[list[Completion]]:
         """See `Engine.generate`.
 
         Raises GuardTripped if the scores are not finite, or of other weights than the trainer's; ModelError if memory
@@ -108,15 +110,24 @@ class VllmEngine:
         self._cached = True
         # Two bits less, because vLLM adds the number of the completion.
         seeds = [seed >> 2 for seed in prompt_seeds(prompts, sampling, policy_step)]
-        outputs = self._run(
+        done = dict[int, list[Completion]]()
+
+        def group_finished(i: int, output: Any) -> None:
+            several = [self._completion(one, policy_step) for one in output.outputs]
+            done[i] = several * (sampling.num_completions // num)
+            for k, completion in enumerate(done[i]):
+                finished(i, k, completion)
+
+        self._run(
             [{"prompt_token_ids": list(p.token_ids), "cache_salt": str(policy_step)} for p in prompts],
             [_parameters(sampling, num, seed) for seed in seeds],
+            group_finished,
         )
-        found = [[self._completion(one, policy_step) for one in output.outputs] for output in outputs]
+        found = [done[i] for i in range(len(prompts))]
         if not self._looked:
             self._look(prompts, found, policy_step)
             self._looked = True
-        return [several * (sampling.num_completions // num) for several in found]
+        return found
 
     def _look(self, prompts: Sequence[Prompt], found: Sequence[Sequence[Completion]], policy_step: int) -> None:
         """Compare both sides on the probe, which the first call chooses: the row with most of a completion in it.
@@ -130,8 +141,9 @@ class VllmEngine:
             self._probe = max(rows, key=lambda row: min(size, len(row[1])) - row[0])[1][:size]
             self._canary = Canary(self._trainer_scores(policy_step))
         assert self._canary is not None
-        (output,) = self._run([{"prompt_token_ids": list(self._probe)}], [_scoring()])
-        self.reading = self._canary.look(self._trainer_scores(policy_step), _scored(output, self._probe))
+        outputs: list[Any] = []
+        self._run([{"prompt_token_ids": list(self._probe)}], [_scoring()], lambda _, output: outputs.append(output))
+        self.reading = self._canary.look(self._trainer_scores(policy_step), _scored(outputs[0], self._probe))
 
     def _trainer_scores(self, policy_step: int) -> Tensor:
         try:
@@ -192,11 +204,12 @@ class VllmEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
         torch.cuda.empty_cache()
 
-    def _run(self, prompts: list[dict[str, Any]], parameters: list[Any]) -> list[Any]:
+    def _run(self, prompts: list[dict[str, Any]], parameters: list[Any], finished: Callable[[int, Any], None]) -> None:
+        """Sample; `finished` is called with the number of a prompt and its output as soon as it is whole."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # others spin between vLLM's many small steps and slow it by a quarter
         try:
-            return self.llm.generate(prompts, parameters, use_tqdm=False)
+            run_requests(self.llm, prompts, parameters, finished)
         except torch.OutOfMemoryError as error:
             raise _too_little_to_sample() from error
         finally:
@@ -218,6 +231,18 @@ class VllmEngine:
             policy_step_min=policy_step,
             policy_step_max=policy_step,
         )
+
+
+def run_requests(
+    llm: Any, prompts: list[dict[str, Any]], parameters: list[Any], finished: Callable[[int, Any], None]
+) -> None:
+    """What `LLM.generate` does, which gives nothing before the last prompt is through."""
+    ids = llm.enqueue(prompts, parameters, use_tqdm=False)
+    first = int(ids[0].partition("-")[0])  # they count up; behind the number vLLM hangs random letters
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                finished(int(output.request_id) - first, output)
 
 
 def _give_back() -> None:

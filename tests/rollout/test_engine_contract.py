@@ -266,3 +266,13 @@ def test_completions_name_the_weights_they_came_from(make_engine, llama):
 
 def test_no_prompts_no_completions(make_engine, llama):
     assert make_engine(llama).generate([], sampling(), policy_step=0) == []
+
+
+def test_each_completion_is_handed_over_once(make_engine, llama):
+    engine = make_engine(llama, max_sequences=8)
+    handed: list[tuple[int, int, Completion]] = []
+    stops = tuple(range(0, VOCABULARY, 7))
+    asked = sampling(num_completions=6, stop_ids=stops, max_tokens=20)
+    found = engine.generate(prompts_of(*PROMPTS), asked, policy_step=0, finished=lambda *one: handed.append(one))
+    assert len(handed) == len({(i, k) for i, k, _ in handed}) == 36
+    assert all(found[i][k] is completion for i, k, completion in handed)

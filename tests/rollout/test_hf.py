@@ -296,3 +296,24 @@ def test_max_sequences_of_the_conf_reaches_the_engine():
     engine = make_engine("hf", conf, make_policy(), str, max_context=20, kv_bytes=0)
     assert isinstance(engine, HfEngine)
     assert (engine.max_sequences, engine.max_context) == (3, 20)
+
+
+def test_rows_that_ended_are_handed_over_while_others_go_on():
+    engine = engine_of(make_policy("llama", vocab_size=64))
+    forwards, handed_at, logits = 0, dict[int, int](), engine._logits
+
+    def counted(*inputs):
+        nonlocal forwards
+        forwards += 1
+        return logits(*inputs)
+
+    engine._logits = counted  # type: ignore[method-assign]
+    asked = sampling(num_completions=8, stop_ids=tuple(range(0, 64, 6)), max_tokens=24)
+    (found,) = engine.generate(
+        [prompt_of(3, 9, 4)], asked, policy_step=0, finished=lambda i, k, one: handed_at.update({k: forwards})
+    )
+    lengths = {k: len(completion.token_ids) for k, completion in enumerate(found)}
+    shortest, longest = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
+    assert lengths[shortest] + 2 < lengths[longest]
+    assert handed_at[shortest] < handed_at[longest] == lengths[longest]
+    assert all(lengths[k] <= at for k, at in handed_at.items())
