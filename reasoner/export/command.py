@@ -23,11 +23,11 @@ from reasoner.disk import replace as replace_file
 from reasoner.errors import ConfigError, GuardTripped, RunFolderError
 from reasoner.evaluation.sets import compose_sets, to_measure
 from reasoner.evaluation.weights import BASE, Weights, weights_of
-from reasoner.export import again, gguf_artefact, gguf_layout, ollama
+from reasoner.export import again, gguf_artefact, gguf_layout, hub, ollama
 from reasoner.export.again import Origin
 from reasoner.export.gguf_file import Speech
 from reasoner.export.proof import Answers, Drawn, Examiner, compare, logprobs_of, sentence
-from reasoner.export.request import ADAPTER, MERGED, OLLAMA, Request
+from reasoner.export.request import ADAPTER, MERGED, OLLAMA, REPORT, Request
 from reasoner.models import base_files, merged
 from reasoner.models.beside import save_beside
 from reasoner.models.loading import load_model, load_tokenizer
@@ -37,7 +37,6 @@ from reasoner.models.stops import stop_ids
 from reasoner.run_folder import CONFIG
 from reasoner.summary import versions
 
-REPORT = "export.json"
 UNTRIED = "; transformers read the file and no llama.cpp tried it: pip install -e '.[export]' brings one"
 
 
@@ -74,9 +73,20 @@ class Asked:
 def export(request: Request, *, functions: Mapping[str, Callable[..., Any]] | None = None, rows: Any = None) -> Path:
     """Write what the request names and prove it; the artefact's folder.
 
-    `functions` are the rewards and `rows` the data that the run got from Python. Raises InputError, and GuardTripped
-    where the artefact is not the policy.
+    With `request.repo` it is pushed to the hub too. `functions` are the rewards and `rows` the data that the run got
+    from Python. Raises InputError, and GuardTripped where the artefact is not the policy.
     """
+    if request.repo:
+        hub.check(request)
+    out = request.out if request.ready else _exported(request, functions or {}, rows)
+    if request.repo:
+        with Console() as console:
+            console.status(f"pushing {out}")
+            console.say(f"pushed: {hub.push(request)}, {'private' if request.private else 'for all to see'}")
+    return out
+
+
+def _exported(request: Request, functions: Mapping[str, Callable[..., Any]], rows: Any) -> Path:
     config, composed, _ = compose_sets(str(request.run / CONFIG), request.overrides, ())
     config = to_measure(config, set())
     width = min(config.rollout.max_sequences, request.problems)
@@ -89,7 +99,7 @@ def export(request: Request, *, functions: Mapping[str, Callable[..., Any]] | No
     _check(request, config)
     with Console() as console:
         if request.verify:
-            return _proved(request, config, composed.folder, chosen, functions or {}, rows, console)
+            return _proved(request, config, composed.folder, chosen, functions, rows, console)
         opened = _open(config)
         chosen.load(opened)
         told = _write(request, opened, chosen, console)

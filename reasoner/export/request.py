@@ -1,5 +1,6 @@
 """What `python -m reasoner export` is asked for, read from its arguments. Other keys override the run's conf."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,21 @@ from reasoner.export import llama
 from reasoner.export.gguf_file import F16, Q4_K_M, Q8_0
 from reasoner.run_folder import CONFIG
 
-USAGE = "export run=DIR to=adapter|merged|gguf|ollama [quant=q4_k_m|q8_0|f16] [checkpoint=NAME] [out=DIR]"
-ADAPTER, MERGED, GGUF, OLLAMA = "adapter", "merged", "gguf", "ollama"
+USAGE = (
+    "export run=DIR to=adapter|merged|gguf|ollama|hub [quant=q4_k_m|q8_0|f16] [repo=NAME] [checkpoint=NAME] [out=DIR]"
+)
+REPORT = "export.json"
+ADAPTER, MERGED, GGUF, OLLAMA, HUB = "adapter", "merged", "gguf", "ollama", "hub"
 CHOICES = {
-    "to": (ADAPTER, MERGED, GGUF, OLLAMA),
+    "to": (ADAPTER, MERGED, GGUF, OLLAMA, HUB),
+    "what": (ADAPTER, MERGED, GGUF),
+    "private": ("true", "false"),
     "quant": (Q4_K_M, Q8_0, F16),
     "dtype": ("auto", "bfloat16", "float32"),
     "base": ("trained", "original"),
     "verify": ("true", "false"),
 }
-OWN = ("run", "checkpoint", "out", "problems", *CHOICES)
+OWN = ("run", "checkpoint", "out", "problems", "repo", *CHOICES)
 FILES = (GGUF, OLLAMA)
 OF = {"dtype": (MERGED,), "base": (MERGED, *FILES), "quant": FILES}  # the artefacts that a key is of
 PROBLEMS = 100  # answered of each held-out set, by the policy and by the artefact
@@ -43,6 +49,9 @@ class Request:
     verify: bool = True
     problems: int = PROBLEMS
     overrides: tuple[str, ...] = ()
+    repo: str | None = None  # of the hub, where the artefact is pushed
+    private: bool = True
+    ready: bool = False  # it is there and passed its proof, and is only to be pushed
 
     @property
     def is_gguf(self) -> bool:
@@ -52,6 +61,45 @@ class Request:
 
 def read_request(arguments: Sequence[str]) -> Request:
     """The request, checked as far as it can be without a model. Raises ConfigError, RunFolderError."""
+    own, overrides = _split(arguments)
+    for key in ("run", "to"):
+        if key not in own:
+            raise ConfigError(f"{key}= is missing: {USAGE}")
+    for key, there in CHOICES.items():
+        if key in own and own[key] not in there:
+            raise ConfigError(f"{key}={own[key]} is unknown{nearest(own[key], list(there))}")
+    if not own.get("problems", "1").isdigit() or own.get("problems") == "0":
+        raise ConfigError(f"problems={own['problems']}: give how many held-out problems to answer, 1 or more")
+    run = Path(own["run"]).expanduser()
+    if not (run / CONFIG).is_file():
+        raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
+    to = _what(own, run)
+    for key, artefacts in OF.items():
+        if key in own and to not in artefacts:
+            raise ConfigError(f"{key}= is not for to={to} but for to={'|'.join(artefacts)}: leave it out")
+    quant = own.get("quant", Q4_K_M)
+    if to in FILES and quant == Q4_K_M:
+        llama.require("quant=q4_k_m (quant=q8_0 and f16 do not)")
+    out, ready = _out(own, run, to, quant)
+    return Request(
+        run=run,
+        to=to,
+        out=out,
+        checkpoint=own.get("checkpoint"),
+        dtype=own.get("dtype", "auto"),
+        quant=quant,
+        original=own.get("base") == "original",
+        verify=own.get("verify") != "false",
+        problems=int(own.get("problems", PROBLEMS)),
+        overrides=tuple(overrides),
+        repo=own.get("repo"),
+        private=own.get("private") != "false",
+        ready=ready,
+    )
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Our keys, and what overrides the run's conf."""
     own: dict[str, str] = {}
     overrides: list[str] = []
     for argument in arguments:
@@ -64,40 +112,31 @@ def read_request(arguments: Sequence[str]) -> Request:
             raise ConfigError(f"{key}= is empty: give {key}=VALUE")
         else:
             own[key] = value
-    for key in ("run", "to"):
-        if key not in own:
-            raise ConfigError(f"{key}= is missing: {USAGE}")
-    for key, there in CHOICES.items():
-        if key in own and own[key] not in there:
-            raise ConfigError(f"{key}={own[key]} is unknown{nearest(own[key], list(there))}")
-    if not own.get("problems", "1").isdigit() or own.get("problems") == "0":
-        raise ConfigError(f"problems={own['problems']}: give how many held-out problems to answer, 1 or more")
-    for key, artefacts in OF.items():
-        if key in own and own["to"] not in artefacts:
-            raise ConfigError(f"{key}= is not for to={own['to']} but for to={'|'.join(artefacts)}: leave it out")
-    quant = own.get("quant", Q4_K_M)
-    if own["to"] in FILES and quant == Q4_K_M:
-        llama.require("quant=q4_k_m (quant=q8_0 and f16 do not)")
-    run = Path(own["run"]).expanduser()
-    if not (run / CONFIG).is_file():
-        raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
-    return Request(
-        run=run,
-        to=own["to"],
-        out=_out(own, run, quant),
-        checkpoint=own.get("checkpoint"),
-        dtype=own.get("dtype", "auto"),
-        quant=quant,
-        original=own.get("base") == "original",
-        verify=own.get("verify") != "false",
-        problems=int(own.get("problems", PROBLEMS)),
-        overrides=tuple(overrides),
-    )
+    return own, overrides
 
 
-def _out(own: dict[str, str], run: Path, quant: str) -> Path:
-    chosen = (f"-{quant}" if own["to"] in FILES else "") + (f"-{own['checkpoint']}" if "checkpoint" in own else "")
-    out = Path(own["out"]).expanduser() if "out" in own else run / "exports" / f"{own['to']}{chosen}"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")
-    return out
+def _what(own: dict[str, str], run: Path) -> str:
+    """The artefact; of to=hub what is pushed: the adapter where the run trained one, else the merged model."""
+    if own["to"] != HUB:
+        for key in ("repo", "what", "private"):
+            if key in own:
+                raise ConfigError(f"{key}= is of to=hub: leave it out, or ask for to=hub what={own['to']}")
+        return own["to"]
+    if "repo" not in own:
+        raise ConfigError("to=hub wants a name: repo=NAME or repo=ORGANISATION/NAME")
+    if own.get("verify") == "false":
+        raise ConfigError("to=hub pushes what passed its proof: leave out verify=false")
+    return own.get("what") or (ADAPTER if (run / "adapter").is_dir() else MERGED)
+
+
+def _out(own: dict[str, str], run: Path, to: str, quant: str) -> tuple[Path, bool]:
+    """Where the artefact goes, and whether it is there, ready to be pushed."""
+    chosen = (f"-{quant}" if to in FILES else "") + (f"-{own['checkpoint']}" if "checkpoint" in own else "")
+    out = Path(own["out"]).expanduser() if "out" in own else run / "exports" / f"{to}{chosen}"
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return out, False
+    if own["to"] == HUB and (out / REPORT).is_file():
+        told = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        if told.get("passed") and told["to"] == to and told.get("quant", quant) == quant:
+            return out, True
+    raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")

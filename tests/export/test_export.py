@@ -150,7 +150,7 @@ def test_the_share_of_an_adapter_is_seen_below_the_rounding():
         (["to=adapter"], "run= is missing"),
         (["run={tmp}/none", "to=adapter"], "there is no run"),
         (["run={run}"], "to= is missing"),
-        (["run={run}", "to=onnx"], "to=onnx is unknown; there are: adapter, merged, gguf, ollama"),
+        (["run={run}", "to=onnx"], "to=onnx is unknown; there are: adapter, merged, gguf, ollama, hub"),
         (["run={run}", "to=gguf", "quant=q8_0", "dtype=float32"], "dtype= is not for to=gguf but for to=merged"),
         (["run={run}", "to=merged", "quant=q8_0"], "quant= is not for to=merged but for to=gguf|ollama"),
         (["run={run}", "to=gguf", "quant=q4"], "quant=q4 is unknown"),
