@@ -18,6 +18,7 @@ from reasoner.data.templates import make_template
 from reasoner.errors import ModelError
 from reasoner.export import again, gguf_file, gguf_layout, llama
 from reasoner.export.gguf_file import F16, Q8_0, Speech
+from reasoner.export.request import Request
 from reasoner.models import gguf, scratch
 from reasoner.models.loading import load_merged
 from reasoner.models.policy import Policy
@@ -308,7 +309,7 @@ def test_the_f16_file_is_kept_where_quantizing_fails(
 def test_other_stop_ids_and_another_template_are_seen(tmp_path: Path):
     path = write(random_policy("llama"), tmp_path, stops=(1,), chat_template="{{ messages }}")
     of = again.Origin(Speech(CHARACTERS_ALONE, (1, 4), "{{ other }}"), torch.float32, torch.device("cpu"), None)
-    request: Any = type("Asked", (), {"to": "gguf", "quant": F16, "original": False})()
+    request = Request(tmp_path, "gguf", tmp_path, quant=F16)
     subject: Any = type("Nobody", (), {"engine": None})()
     assert again.differs(request, path, subject, of, ["$"]) == [
         "its chat template is another",
