@@ -308,20 +308,6 @@ def test_g7_state_without_its_parts_is_refused(tmp_path: Path) -> None:
             checkpoint.load(path)
 
 
-def test_g7_nothing_in_the_package_unpickles_or_trusts_remote_code() -> None:
-    root = Path(__file__).parents[1]
-    forbidden = re.compile(r"\btorch\.load\b|weights_only|trust_remote_code\s*[=:]\s*[Tt]rue")
-    pickle_import = re.compile(r"\b(import|from) pickle\b")
-    own_pipes = {
-        root / "reasoner/rewards/pool.py",
-        root / "reasoner/rewards/worker.py",
-    }  # between our processes, no files
-    for path in [*root.glob("reasoner/**/*.py"), *root.glob("conf/**/*.yaml")]:
-        text = path.read_text()
-        assert not forbidden.search(text), path
-        assert path in own_pipes or not pickle_import.search(text), path
-
-
 def test_g8_no_secret_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "sk-12345678")
     path = checkpoint.save(tmp_path, at(1), {}, {"endpoint": "https://user:sk-12345678@host"})

@@ -90,7 +90,9 @@ def test_sft_learns_and_grpo_raises_its_reward(tmp_path: Path):
     assert last > first + 0.2, [row["reward_mean"] for row in grpo]
 
 
-@pytest.mark.parametrize("extra", [["grpo.kl_coef=0.1"], ["grpo.kl_coef=0.1", "grpo.kl_in=reward"], ["loss=gspo"]])
+@pytest.mark.parametrize(
+    "extra", [["grpo.kl_coef=0.1"], ["grpo.kl_coef=0.1", "grpo.kl_in=reward"], ["loss=gspo", "grpo.mask_cut=false"]]
+)
 def test_c10_kl_is_zero_as_grpo_begins_and_every_form_runs(tmp_path: Path, extra: list[str]):
     small(
         tmp_path / "run",
@@ -108,6 +110,10 @@ def test_c10_kl_is_zero_as_grpo_begins_and_every_form_runs(tmp_path: Path, extra
         assert first["kl"] == 0 and any(row["kl"] != 0 for row in later)
     elif "grpo.kl_coef=0.1" in extra:  # the mean over two inner steps, the first of which starts at 0
         assert first["kl"] < 0.5 * max(row["kl"] for row in later)
+    else:
+        assert max(row["ratio_max"] for row in (first, *later) if row["ratio_max"]) > 1, (
+            "a second step is off the policy"
+        )
 
 
 def test_lora_saves_an_adapter_that_answers_as_the_trained_model(tmp_path: Path):

@@ -1,7 +1,5 @@
 """The built-in rewards beside math, exact and think_format: gold, wrong and adversarial cases of each."""
 
-import time
-
 import pytest
 
 from reasoner.config import RewardPart
@@ -288,37 +286,6 @@ def test_json_schema_knows_the_rest_of_its_keywords_and_refuses_others():
     ):
         with pytest.raises(ValueError, match=reason):
             json_schema("{}", schema)
-
-
-HOSTILE = ["<think>" * 3000, "{" * 20_000, r"\boxed{" * 3000, "a" * 20_000, "answer is " * 2000, "<answer>" * 2500]
-HOSTILE += ["[" + "1," * 9_000 + "1]", "[" * 900 + "]" * 900]
-HOSTILE += ["( " * 10_000, "\n" * 20_000, "1," * 10_000, "answer is (" * 1800, "</answer>" * 2200, "A) " * 6600]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_e9_no_built_in_is_slow_on_20000_characters(text):
-    from reasoner.rewards.math import accuracy
-
-    calls = [
-        lambda: accuracy(text, "4"),
-        lambda: choice(text, "B"),
-        lambda: numeric(text, "4"),
-        lambda: think_format(text),
-        lambda: answer_format(text),
-        lambda: tag_count(text),
-        lambda: repetition(text),
-        lambda: language(text),
-        lambda: json_schema(text, SCHEMA),
-        lambda: json_schema(text, {"uniqueItems": True}),
-    ]
-    for call in calls:
-        assert min(seconds(call) for _ in range(3)) < 0.05
-
-
-def seconds(call) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def test_every_built_in_is_there(load):

@@ -347,6 +347,26 @@ def test_e9_built_ins_take_no_polynomial_time(load, make_prompt, make_completion
     assert [score.failures for score in scores] == [{}] * len(HARD_TEXTS)
 
 
+HOSTILE = ["<think>" * 3000, "{" * 20_000, r"\boxed{" * 3000, "a" * 20_000, "answer is " * 2000, "<answer>" * 2500]
+HOSTILE += ["[" + "1," * 9_000 + "1]", "[" * 900 + "]" * 900]
+HOSTILE += ["( " * 10_000, "\n" * 20_000, "1," * 10_000, "answer is (" * 1800, "</answer>" * 2200, "A) " * 6600]
+OF_FORM = {
+    "choice": {},
+    "answer_format": {},
+    "tag_count": {},
+    "repetition": {},
+    "language": {},
+    "json_schema": {"schema": {"uniqueItems": True, "items": {"enum": ["a", 1]}}},
+}
+
+
+def test_e9_nor_do_those_of_form_and_choice(load, make_prompt, make_completion):
+    parts = {name: RewardPart(fn=name, options=options, timeout_s=10.0) for name, options in OF_FORM.items()}
+    rewards = load(parts, workers=1)
+    scores = rewards.score([make_prompt("B", answer_kind="choice")] * len(HOSTILE), [*map(make_completion, HOSTILE)])
+    assert [score.failures for score in scores] == [{}] * len(HOSTILE)
+
+
 def test_a_row_that_can_not_be_pickled_is_a_failure(load, make_prompt, make_completion):
     rewards = load({"part": "takes"}, workers=1, columns={"thing"}, takes=lambda thing: 1.0)
     scores = rewards.score([make_prompt("", thing=lambda: 0), make_prompt("", thing=2)], [make_completion("")] * 2)
