@@ -17,6 +17,7 @@ from reasoner.data.columns import ColumnTemplate
 from reasoner.data.task import Task, load_task
 from reasoner.errors import ConfigError, ModelError
 from reasoner.evaluate import Evaluator, accuracy_part
+from reasoner.grpo.ledger import Ledger
 from reasoner.grpo.losses import Loss
 from reasoner.memory import MemoryPlan, plan_memory
 from reasoner.models.loading import load_model, load_tokenizer, recompute_layers
@@ -71,6 +72,8 @@ def check_before_loading(config: Config) -> None:
         refused.append(refusal(why))
     if refused:
         raise ConfigError("; ".join(refused))
+    if "grpo" in config.stages:
+        make_ledger(config)
     limit = context_limit(config.model)
     longest = config.data.max_prompt_tokens + config.grpo.max_completion_tokens
     if limit is not None and longest > limit:
@@ -78,6 +81,17 @@ def check_before_loading(config: Config) -> None:
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} and grpo.max_completion_tokens="
             f"{config.grpo.max_completion_tokens} together exceed the model's context of {limit} tokens: lower one"
         )
+
+
+def make_ledger(config: Config) -> Ledger | None:
+    """The ledger of `grpo.ledger`, with what its file holds. Raises ConfigError if that is none, or not this run's."""
+    if config.grpo.ledger is None:
+        return None
+    part = accuracy_part(config)
+    about = {"model": config.model.name, "reward": f"{part}: {config.reward.parts[part].fn}"}
+    ledger = Ledger(Path(config.grpo.ledger).expanduser(), about)
+    ledger.read()
+    return ledger
 
 
 def _optimizer_runs_here(optimizer: Mapping[str, Any]) -> bool:

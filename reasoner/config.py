@@ -165,6 +165,7 @@ class Grpo:
     tokens_per_micro_batch: PositiveInt = 8192
     inner_steps: PositiveInt = 1  # optimizer steps on one set of samples
     resample: Annotated[int, Field(ge=0)] = 0  # rounds of fresh prompts for groups without signal, each at its price
+    ledger: str | None = None  # a file of pass rates, kept across runs: solved and hopeless prompts are drawn less
     advantage: Literal["group", "leave_one_out", "opo"] = "group"
     advantage_scale: Literal["group", "batch", "none"] = "group"
     kl_coef: NonNegative = 0.0

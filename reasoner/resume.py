@@ -30,6 +30,7 @@ FIXED = (  # these decide which rows come next, or what the weights are
     "seed",
     "stages",
     "grpo.prompts_per_step",
+    "grpo.ledger",
     "sft.examples_per_step",
 )
 TRAINING = ("sft", "grpo")

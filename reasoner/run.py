@@ -25,6 +25,7 @@ from reasoner.data.order import Draw, Order
 from reasoner.data.task import COUNTS, VALIDATION
 from reasoner.errors import GuardTripped, Interrupted
 from reasoner.evaluate import SetResult
+from reasoner.grpo.ledger import RESTING
 from reasoner.metrics import step_row
 from reasoner.models.loading import load_saved
 from reasoner.models.sources import context_limit
@@ -38,7 +39,7 @@ from reasoner.tracking.base import Tracker
 from reasoner.types import Prompt
 from reasoner.words import plural
 
-LEFT_OUT = {**COUNTS, UNFIT: "that the template or the tokenizer can't carry"}
+LEFT_OUT = {**COUNTS, UNFIT: "that the template or the tokenizer can't carry", RESTING: "resting"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,9 +90,10 @@ class Run:
         step, cursor, left_out = 0, 0, {}
         if saved is not None:
             step, cursor = saved.progress.step, saved.progress.cursor
-            left_out = saved.state.get("left_out", {})
+            left_out = saved.state.get("left_out", {})  # runs of earlier versions have none
             load_optimizer(stage.updater.optimizer, saved.tensors, saved.state["optimizer"])
             stage.updater.load_state(saved.state["updater"])
+            stage.load_state(saved.state.get("stage", {}))
         draw = Draw(Order(stage.num_rows, self.parts.config.seed), cursor, stage.why_not, left_out)
         if saved is None:
             self._save(stage, Progress(stage_index, name, step, self.policy_step, cursor), draw)
@@ -103,6 +105,8 @@ class Run:
         if draw.left_out:
             gone = ", ".join(f"{count:,} {LEFT_OUT[why]}" for why, count in draw.left_out.items())
             self.console.say(f"{name}: of {draw.cursor:,} rows drawn {draw.left_out.total():,} were left out ({gone})")
+        for line in stage.ended():
+            self.console.say(line)
         self._take_best(stage_index)
         engine.load_adapter(self.parts.policy.trainable(), self.policy_step)
         self.parts.policy.eval()
@@ -191,10 +195,12 @@ class Run:
         if world.is_main():
             tensors, optimizer = optimizer_tensors(stage.updater.optimizer)
             tensors |= {f"{checkpoint.POLICY}{name}": tensor for name, tensor in self.parts.policy.state().items()}
-            state = {"optimizer": optimizer, "updater": stage.updater.state(), "left_out": dict(draw.left_out)}
+            state = {"optimizer": optimizer, "updater": stage.updater.state(), "stage": stage.state()}
+            state["left_out"] = dict(draw.left_out)
             best = self.results.best(progress.stage_index)
             keep = self.parts.config.checkpoint.keep
             checkpoint.save(self.folder.path, progress, tensors, state, keep=keep, best=best.name if best else None)
+            stage.saved()
         world.barrier()
 
     def _evaluated(self, row: str, line: str) -> None:

@@ -1,14 +1,15 @@
 """The two training stages as the pipeline sees them: rows, steps, and what one step does with some of the rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from reasoner import world
-from reasoner.assembly import Parts
+from reasoner.assembly import Parts, make_ledger
 from reasoner.console import Console
 from reasoner.data.drawn import Drawn
 from reasoner.data.order import Draw
 from reasoner.grpo.advantages import JudgedGroup
+from reasoner.grpo.ledger import visits
 from reasoner.grpo.trainer import GRPOTrainer
 from reasoner.rollout.tokens import Decode, token_logprobs
 from reasoner.run_folder import RunFolder
@@ -30,6 +31,22 @@ class TrainingStage(Protocol):
         Callable[[int], str | None] | None
     )  # of a row by its number: why a draw passes over it; none: it never does
 
+    def state(self) -> dict[str, Any]:
+        """What decides the next draws and is in no other part of a checkpoint, as JSON can say it."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state()` gave."""
+        ...
+
+    def saved(self) -> None:
+        """A checkpoint was just written: what is kept outside of it is written now. The main rank alone calls it."""
+        ...
+
+    def ended(self) -> list[str]:
+        """What is to be said when the steps are done."""
+        ...
+
     def step(self, draw: Draw, step: int, policy_step: int) -> dict[str, float]:
         """Learn from the next rows, one update of the policy; the step's numbers, named as in `metrics.NAMES`. Steps
         count from 1."""
@@ -49,7 +66,25 @@ def make_updater(parts: Parts, stage: str, console: Console, folder: RunFolder) 
     )
 
 
-class SftStage:
+class StageWithoutState:
+    """A stage whose draws depend on order and cursor alone."""
+
+    def state(self) -> dict[str, Any]:
+        """See TrainingStage."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See TrainingStage."""
+
+    def saved(self) -> None:
+        """See TrainingStage."""
+
+    def ended(self) -> list[str]:
+        """See TrainingStage."""
+        return []
+
+
+class SftStage(StageWithoutState):
     """Worked examples in seeded order."""
 
     name = "sft"
@@ -82,8 +117,11 @@ class GrpoStage:
         self.stage_index = stage_index
         self.prompts = parts.task.prompts
         self.num_rows = len(self.prompts)
-        self.why_not = self.prompts.why_not if isinstance(self.prompts, Drawn) else None
         self.settings = parts.config.grpo
+        self.accuracy_part = parts.evaluator.part
+        self.ledger = make_ledger(parts.config)
+        self.unfit = self.prompts.why_not if isinstance(self.prompts, Drawn) else None
+        self.why_not = self._why_not if self.ledger else self.unfit
         self.rows_per_step = self.settings.prompts_per_step
         self.num_steps = self.settings.steps
         self.console = console
@@ -102,6 +140,9 @@ class GrpoStage:
         report = self.trainer.step(
             [self.prompts[i] for i in mine], policy_step=policy_step, more=lambda count: self._fresh(draw, count)
         )
+        if self.ledger:
+            told = world.gather_over_ranks(visits(report.judged, self.accuracy_part))
+            self.ledger.note(visit for share in told for visit in share)
         at = {"stage": self.name, "stage_index": self.stage_index, "step": step, "policy_step": policy_step}
         rows = [row for judged in report.judged for row in completion_rows(judged, at)]
         show_tokens(rows, report.judged, self.decode)
@@ -110,6 +151,28 @@ class GrpoStage:
         if self.shown:
             self.console.samples(step, [judged.group for judged in report.judged])
         return report.values
+
+    def state(self) -> dict[str, Any]:
+        """See TrainingStage."""
+        return {"ledger": self.ledger.state()} if self.ledger else {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See TrainingStage."""
+        if self.ledger and "ledger" in state:
+            self.ledger.load_state(state["ledger"])
+
+    def saved(self) -> None:
+        """See TrainingStage."""
+        if self.ledger:
+            self.ledger.write()
+
+    def ended(self) -> list[str]:
+        """See TrainingStage."""
+        return self.ledger.lines() if self.ledger else []
+
+    def _why_not(self, row: int) -> str | None:
+        why = self.unfit(row) if self.unfit else None
+        return why if why or not self.ledger else self.ledger.turn(self.prompts[row])
 
     def _fresh(self, draw: Draw, count: int) -> list[Prompt]:
         """This rank's next `count` prompts, while the other ranks take theirs."""

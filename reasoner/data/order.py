@@ -9,6 +9,8 @@ from random import Random
 
 from reasoner.errors import DataError
 
+MAX_EPOCHS = 16  # without a row: more than any row rests
+
 
 class Order:
     """Rows 0 to num_rows - 1 for ever; every row comes once before any comes twice.
@@ -53,7 +55,7 @@ class Draw:
         self.left_out = Counter(left_out or {})
 
     def take(self, count: int) -> list[int]:
-        """The next `count` row numbers. Raises DataError where a whole epoch holds no row that is not passed over."""
+        """The next `count` row numbers. Raises DataError where sixteen epochs hold no row that is not passed over."""
         rows: list[int] = []
         passed = 0
         while len(rows) < count:
@@ -66,7 +68,7 @@ class Draw:
                 continue
             self.left_out[why] += 1
             passed += 1
-            if passed > 2 * self.order.num_rows:
+            if passed > MAX_EPOCHS * self.order.num_rows:
                 raise DataError(f"none of the {self.order.num_rows:,} rows can be trained on: {dict(self.left_out)}")
         return rows
 
