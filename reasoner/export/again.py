@@ -73,7 +73,8 @@ def _reload(policy: Policy, folder: Path) -> None:
 def limit(request: Request, dtype: str | None, of: Origin, effect: float | None) -> Limit:
     """How far the artefact's logprobs may be from the policy's; `effect`: see `Limit.of`."""
     if request.is_gguf:
-        return Limit.of_gguf(request.quant, effect, original=request.original)
+        rounded = of.dtype == torch.bfloat16
+        return Limit.of_gguf(request.quant, effect, rounded=rounded, original=request.original)
     rounded = request.to != ADAPTER and torch.bfloat16 in (of.dtype, getattr(torch, str(dtype)))
     return Limit.of(rounded=rounded, effect=effect, original=request.original)
 

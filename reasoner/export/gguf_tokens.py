@@ -49,7 +49,8 @@ def vocabulary(tokenizer: Any, *, rows: int, chat: bool) -> Vocabulary:
     tokens, types = _tokens(tokenizer, state, rows)
     kind, falls_back = model["type"], bool(model.get("byte_fallback"))
     steps = _normalizers(state["normalizer"])
-    if kind == "BPE" and falls_back and steps <= {"Prepend", "Replace"} and types.count(TokenType.BYTE) == BYTE_TOKENS:
+    marks_spaces = steps <= {"Prepend", "Replace"} and _cuts_at_spaces(state["pre_tokenizer"])
+    if kind == "BPE" and falls_back and marks_spaces and types.count(TokenType.BYTE) == BYTE_TOKENS:
         plain = [
             text.replace(SPACE, " ") if type_ in ADDED else text for text, type_ in zip(tokens, types, strict=True)
         ]
@@ -79,6 +80,11 @@ def _known_pre(state: Any) -> str | None:
         if _plain(json.loads(known.to_str())["pre_tokenizer"]) == _plain(state):
             return name
     return None
+
+
+def _cuts_at_spaces(state: Any) -> bool:
+    """Whether a pre-tokenizer cuts text nowhere else: SentencePiece's mark, or Gemma's Split, or none at all."""
+    return not state or state["type"] == "Metaspace" or state.get("pattern") == {"String": " "}
 
 
 def _normalizers(state: Any) -> set[str]:

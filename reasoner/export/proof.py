@@ -123,11 +123,12 @@ class Limit:
         return cls(SHARE * effect, f"a quarter of the {effect:.2g} nats by which the adapter moved the base")
 
     @classmethod
-    def of_gguf(cls, quant: str, effect: float | None, *, original: bool) -> "Limit":
-        """Of a GGUF file in `quant`; `effect` as in `of`."""
+    def of_gguf(cls, quant: str, effect: float | None, *, rounded: bool, original: bool) -> "Limit":
+        """Of a GGUF file in `quant`; `effect` as in `of`; `rounded`: the policy computes in bfloat16."""
         if original:
             return cls.of(rounded=True, effect=effect, original=True)
         least, *rest = QUANTIZED[quant]
+        least = max(least, ROUNDED) if rounded else least
         if effect is None or SHARE * effect < least:
             return cls(least, f"what {quant} alone may move; more is another model", *rest)
         return cls(SHARE * effect, f"a quarter of the {effect:.2g} nats by which the adapter moved the base", *rest)

@@ -9,7 +9,7 @@ from reasoner.config import nearest
 from reasoner.errors import ConfigError, RunFolderError
 from reasoner.export import llama
 from reasoner.export.gguf_file import F16, Q4_K_M, Q8_0
-from reasoner.run_folder import CONFIG
+from reasoner.run_folder import CONFIG, SUMMARY
 
 USAGE = (
     "export run=DIR to=adapter|merged|gguf|ollama|hub [quant=q4_k_m|q8_0|f16] [repo=NAME] [checkpoint=NAME] [out=DIR]"
@@ -137,6 +137,8 @@ def _out(own: dict[str, str], run: Path, to: str, quant: str) -> tuple[Path, boo
         return out, False
     if own["to"] == HUB and (out / REPORT).is_file():
         told = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        if told.get("passed") and told["to"] == to and told.get("quant", quant) == quant:
+        ended, made = (path.stat().st_mtime if path.exists() else 0.0 for path in (run / SUMMARY, out / REPORT))
+        same = told.get("passed") and told["to"] == to and told.get("quant", quant) == quant
+        if same and made >= ended:  # the run has not gone on since
             return out, True
     raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")

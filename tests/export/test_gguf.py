@@ -18,6 +18,7 @@ from reasoner.data.templates import make_template
 from reasoner.errors import ModelError
 from reasoner.export import again, gguf_file, gguf_layout, llama
 from reasoner.export.gguf_file import F16, Q8_0, Speech
+from reasoner.export.proof import Limit
 from reasoner.export.request import Request
 from reasoner.models import gguf, scratch
 from reasoner.models.loading import load_merged
@@ -224,6 +225,10 @@ def test_an_unknown_tokenizer_is_named(tmp_path: Path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=unknown, eos_token="</s>")
     with pytest.raises(ModelError, match=r"BPE, normalizer none, pre-tokenizer [0-9a-f]{12} \(.*Punctuation"):
         write(make_policy("llama", vocab_size=3), tmp_path, tokenizer=tokenizer)
+    pieces = byte_fallback("normalizer")
+    pieces.backend_tokenizer.pre_tokenizer = pre_tokenizers.Punctuation()
+    with pytest.raises(ModelError, match=r"BPE, normalizer Prepend, Replace, pre-tokenizer .*Punctuation"):
+        write(make_policy("llama", vocab_size=len(pieces)), tmp_path, tokenizer=pieces)
     with pytest.raises(ModelError, match="names 3 stop tokens and this run has 4"):
         write(random_policy("llama"), tmp_path, stops=(1, 3, 4, 5))
     assert not list(tmp_path.iterdir())
@@ -304,6 +309,15 @@ def test_the_f16_file_is_kept_where_quantizing_fails(
     assert f"the f16 file is kept: {out / 'model-f16.gguf'}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model-f16.gguf"]
     assert gguf.read_metadata(out / "model-f16.gguf")["general.architecture"] == "llama"
+
+
+def test_limits_follow_what_rounds():
+    def nats(quant: str, effect: float | None, rounded: bool) -> float | None:
+        return Limit.of_gguf(quant, effect, rounded=rounded, original=False).nats
+
+    assert nats(F16, None, False) == 0.01 and nats(F16, 0.02, True) == 0.05 and nats(Q8_0, None, True) == 0.15
+    assert nats(F16, 4.0, False) == 1.0 and nats("q4_k_m", 0.1, False) == 0.5
+    assert Limit.of_gguf(F16, 1.0, rounded=False, original=True).nats is None
 
 
 def test_other_stop_ids_and_another_template_are_seen(tmp_path: Path):

@@ -131,6 +131,10 @@ def test_a_refusal_keeps_the_artefact_and_the_same_command_goes_on(hub: Hub, run
     assert main(asked) == 0
     assert (run / "exports/gguf-f16/model-f16.gguf").stat().st_mtime_ns == made, "it was made again"
     assert hub.created[-1]["visibility"] == "public" and set(hub.files) == {"README.md", "model-f16.gguf"}
+    (run / "summary.json").touch()
+    assert main(asked) == 2
+    assert "exists and isn't empty" in capsys.readouterr().err, "the run went on, and its artefact is of before"
+    (run / "exports/gguf-f16/export.json").touch()
     hub.private = False
     assert main([*asked[:-2], "private=true"]) == 2
     assert "is there already and public: private=false" in capsys.readouterr().err
