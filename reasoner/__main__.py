@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from reasoner import __version__
+from reasoner import __version__, usage
 from reasoner.compose import (
     PackagedConfs,
     annotated_yaml,
@@ -22,26 +22,8 @@ from reasoner.compose import (
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
 
-VERBS = ("train", "data", "reward", "report", "eval", "chat", "serve", "export", "init")
-USAGE = """usage: python -m reasoner [train] conf=NAME [key=value ...]
-       python -m reasoner reward conf=NAME [key=value ...]    try its rewards on its rows; loads no model
-       python -m reasoner reward conf=NAME --sample           try them on what its model says now
-       python -m reasoner reward run=RUN_FOLDER [key=value ...]   score what a run said again; loads no model
-       python -m reasoner data conf=NAME [key=value ...]      show its rows as the model will see them; loads no model
-       python -m reasoner report run=RUN_FOLDER [run=OTHER ...] [to=FILE.html]    write its report, or compare runs
-       python -m reasoner eval run=RUN_FOLDER [key=value ...] measure it: checkpoints=all sets=math500 by=level
-       python -m reasoner eval run=A run=B                    compare what two runs kept; loads no model
-       python -m reasoner chat run=RUN_FOLDER                 talk to what it trained
-       python -m reasoner serve run=RUN_FOLDER [port=8000]    answer OpenAI's API on this machine, through vLLM
-       python -m reasoner init [DIR]                          write a conf, a reward and ten rows to begin with
-       python -m reasoner export run=RUN_FOLDER to=adapter|merged   what it trained as files for other programs, checked
-       python -m reasoner resume=RUN_FOLDER [key=value ...]
-
-  conf=NAME         a conf below, one in ./conf, or a path to a .yaml file
-  key=value         change a setting: grpo.steps=50 model=smol loss=gspo reward=my_reward.py:score
-  --cfg job         print every setting with what set it, and stop
-  --multirun        one run, each in a process of its own, for every value of key=a,b
-  --version         print the version"""
+VERBS = tuple(usage.VERBS)
+HELP = {"--help", "-h"}
 OF_HYDRA = ("--multirun", "-m", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 
 
@@ -66,7 +48,12 @@ def _run(arguments: list[str]) -> int:
         verb = arguments.pop(0)
         if verb not in VERBS:
             raise ConfigError(f"unknown command '{verb}'{nearest(verb, list(VERBS))}")
-    if verb in OF_RUNS and not {"--help", "-h"} & set(arguments):
+        if HELP & set(arguments) and not (verb == VERBS[0] and any(one.startswith("conf=") for one in arguments)):
+            print(usage.of(verb))
+            return 0
+    if any(argument.startswith("run=") for argument in arguments):
+        arguments = [_meant(argument) for argument in arguments]
+    if verb in OF_RUNS:
         return OF_RUNS[verb](arguments)
     overrides, flags = _sort(arguments)
     if verb == "report" and not flags:
@@ -85,17 +72,32 @@ def _run(arguments: list[str]) -> int:
         if not Path(conf).expanduser().is_file():
             raise RunFolderError(f"resume={run}: there is no run (no config.yaml) to go on with: name a run's folder")
     if conf is None:
-        asked = "--help" in flags or "-h" in flags
-        print(f"{USAGE}\n\nconfs:\n{_listing()}", file=sys.stdout if asked else sys.stderr)
+        asked = bool(HELP & set(flags))
+        print(f"{usage.general()}\n\nconfs:\n{_listing()}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     overrides = [override for override in overrides if not override.startswith("conf=")]
-    if any(flag.split("=")[0] in (*OF_HYDRA, "--help", "-h") for flag in flags):
+    if any(flag.split("=")[0] in (*OF_HYDRA, *HELP) for flag in flags):
         return _hydra(conf, overrides, flags)
     if verb == "data" and not flags:
         return _data(conf, overrides)
     if verb == "reward" and flags in ([], ["--sample"]):
         return _reward(conf, overrides, sample=bool(flags))
     return _train(conf, overrides, show=_wants_listing(flags))
+
+
+def _meant(argument: str) -> str:
+    """The argument with the run that is meant, where it is `run=` and a folder of runs; a line says which."""
+    key, _, value = argument.partition("=")
+    if key != "run":
+        return argument
+    from reasoner.run_folder import newest_run
+
+    folder = Path(value).expanduser()
+    run = newest_run(folder) if value else None
+    if run is None:
+        return argument
+    print(f"run={value}: the newest of its runs, {run}", file=sys.stderr)
+    return f"run={run}"
 
 
 def _sort(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -158,6 +158,15 @@ class RunFolder:
             raise disk.refusal(error, doing, remedy) from error
 
 
+def newest_run(folder: Path) -> Path | None:
+    """The run inside `folder` that was begun or gone on with last, of those that took a step; None where there is none
+    or `folder` is a run itself."""
+    if (folder / CONFIG).is_file():
+        return None
+    runs = [config.parent for config in folder.glob(f"*/{CONFIG}") if (config.parent / METRICS).is_file()]
+    return max(runs, key=lambda run: ((run / CONFIG).stat().st_mtime_ns, run.name), default=None)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of a run. Raises RunFolderError where there is no run, or its config.yaml is damaged."""
     path = folder / CONFIG

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from reasoner.__main__ import main
 from reasoner.errors import RunFolderError
-from reasoner.run_folder import RunFolder, read_config, read_rows
+from reasoner.run_folder import RunFolder, newest_run, read_config, read_rows
 from tests.two_ranks import on_two_ranks
 
 
@@ -258,3 +259,34 @@ def test_only_the_main_rank_writes_locks_and_speaks(tmp_path: Path) -> None:
     assert on_two_ranks(TWO_RANKS, str(tmp_path)) == ["I speak\n1 -\n", "1 0\n"]
     assert [found.get("rank") for found in read_rows(tmp_path / "metrics.jsonl")] == [None, 0]
     assert json.loads((tmp_path / "eval.json").read_text())[0]["rank"] == 0
+
+
+def a_run(folder: Path, seconds: int, *, files: tuple[str, ...] = ("config.yaml", "metrics.jsonl")) -> Path:
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text("")
+        os.utime(folder / name, (seconds, seconds))
+    return folder
+
+
+def test_a_folder_of_runs_means_the_one_begun_or_gone_on_with_last(tmp_path: Path) -> None:
+    a_run(tmp_path / "b", 100)
+    newest = a_run(tmp_path / "a", 200)
+    a_run(tmp_path / "evaluated", 300, files=("config.yaml", "eval.json"))
+    a_run(tmp_path / "c" / "deeper", 400)
+    assert newest_run(tmp_path) == newest
+    os.utime(tmp_path / "b" / "config.yaml", (500, 500))
+    assert newest_run(tmp_path) == tmp_path / "b"
+    assert newest_run(newest) is None, "a run itself is meant as it stands"
+    assert newest_run(tmp_path / "nowhere") is None
+
+
+def test_every_verb_of_runs_takes_a_folder_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = a_run(tmp_path / "DATE_TIME", 100)
+    for verb in ("report", "eval", "chat", "serve", "export", "reward"):
+        main([verb, f"run={tmp_path}", *(["to=merged"] if verb == "export" else [])])
+        assert f"run={tmp_path}: the newest of its runs, {run}\n" in capsys.readouterr().err, verb
+    assert main(["chat", f"run={tmp_path / 'nowhere'}"]) == 2
+    assert "there is no run (no config.yaml)" in capsys.readouterr().err
+    assert main(["chat", f"run={run}"]) == 2
+    assert "the newest" not in capsys.readouterr().err
