@@ -40,7 +40,7 @@ def test_a_broken_link_is_seen():
 
 def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = {str(page.relative_to(ROOT)) for page in PAGES if page.parent.name == "docs"}
+    pages = {str(page.relative_to(ROOT)) for page in PAGES if page.parent == ROOT / "docs"}
     assert pages | {"CONTRIBUTING.md", "SECURITY.md"} <= set(re.findall(r"\]\(([^)#\s]+)", readme))
 
 
