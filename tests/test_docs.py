@@ -1,10 +1,20 @@
-"""The documents: what they link and name is there. Their commands and messages have tests of their own."""
+"""The documents: what they link and name is there, and the README's commands run. Other pages' commands and messages
+have tests of their own."""
 
+import io
 import re
+import shlex
+import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import yaml
+
+from reasoner.__main__ import main
+from reasoner.compose import compose_conf, leaves, packaged_confs
+from reasoner.config import Data, validate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
@@ -61,3 +71,56 @@ def test_the_markers_and_options_that_are_told_are_pytests_and_makes():
     pyproject, makefile = ((ROOT / name).read_text() for name in ("pyproject.toml", "Makefile"))
     assert re.findall(r'markers = \["(\w+):', pyproject) == ["gpu"]
     assert "workers ?= 2" in makefile
+
+
+SECTIONS = "model|data|sft|grpo|rollout|evaluate|checkpoint|resume"
+KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.[a-z]\w*)+(?![\w(/])")
+
+
+@pytest.fixture(scope="module")
+def keys() -> set[str]:
+    """Every setting there is, and every section of them."""
+    found = {f"data.{field.name}" for field in fields(Data)}
+    for path in (packaged_confs() / "loss").glob("*.yaml"):
+        values = validate(compose_conf("gsm8k_base", ["card=24", f"loss={path.stem}"]).values)
+        found |= {key for key, _ in leaves(asdict(values))}
+    return found | {key.rsplit(".", cut)[0] for key in found for cut in range(1, key.count("."))}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "from_others"], ids=lambda page: page.name)
+def test_settings_that_a_page_names_are_settings(page: Path, keys: set[str]):
+    named = {key for key in KEY.findall(page.read_text(encoding="utf-8")) if not key.endswith((".md", ".py", ".yaml"))}
+    assert sorted(named - keys) == []
+
+
+def test_a_setting_that_is_none_is_seen(keys: set[str]):
+    assert {"grpo.clip_low"} == set(
+        KEY.findall("set `grpo.clip_low=0.2` in my/data.csv, not `grpo.loss.clip_low`")
+    ) - keys
+
+
+README = re.search(r"^```\n(python -m reasoner .*?)^```$", PAGES[0].read_text(), re.MULTILINE | re.DOTALL)
+assert README
+COMMANDS = [line.partition(" #")[0].removeprefix("python -m reasoner").strip() for line in README[1].splitlines()]
+NEEDS_A_CARD = "serve run=outputs/gsm8k"
+SMALL = {"eval run=outputs/tiny": ["evaluate.problems=5"], "conf=tiny grpo.steps=50 seed=1": ["--cfg", "job"]}
+
+
+@pytest.fixture(scope="module")
+def place(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the runs that the README names, and a conf/tiny.yaml as small as they are."""
+    place = tmp_path_factory.mktemp("readme")
+    own = yaml.safe_load((trained_run / "config.yaml").read_text())
+    for name in ("outputs/tiny/DATE_TIME", "A", "B"):
+        shutil.copytree(trained_run, place / name)
+        (place / name / "config.yaml").write_text(yaml.safe_dump({**own, "out": name}))
+    (place / "conf").mkdir()
+    (place / "conf/tiny.yaml").write_text(yaml.safe_dump({**own, "out": "outputs/other", "threads": 1}))
+    return place
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("", NEEDS_A_CARD)])
+def test_a_command_of_the_readme_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1 + 2\n/quit\n"))
+    assert main([*shlex.split(command), *SMALL.get(command, [])]) == 0
