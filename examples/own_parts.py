@@ -24,10 +24,10 @@ class CountingEngine(HfEngine):
 
     asked = 0
 
-    def generate(self, prompts, sampling, *, policy_step):
+    def generate(self, prompts, sampling, **told):
         """See `Engine.generate`."""
         CountingEngine.asked += len(prompts)
-        return super().generate(prompts, sampling, policy_step=policy_step)
+        return super().generate(prompts, sampling, **told)
 
 
 def make_engine(policy, decode, *, max_context):

@@ -45,9 +45,9 @@ def test_an_own_engine_samples_everything(tmp_path: Path, capsys: pytest.Capture
     class Watched(HfEngine):
         capabilities = SimpleNamespace(name="watched", own_weights=False, images=False)
 
-        def generate(self, prompts, sampling, *, policy_step):
+        def generate(self, prompts, sampling, *, policy_step, **told):
             asked.append((policy_step, len(prompts)))
-            return super().generate(prompts, sampling, policy_step=policy_step)
+            return super().generate(prompts, sampling, policy_step=policy_step, **told)
 
     def make(policy, decode, *, max_context):
         assert max_context >= 64

@@ -241,6 +241,7 @@ class Pool:
     _executor: ThreadPoolExecutor = field(init=False)
     _workers: list[Worker] = field(init=False)
     _free: deque[Worker] = field(init=False)  # those with a process on the right, where they are taken from
+    _handing_back: threading.Lock = field(default_factory=threading.Lock, init=False)
     _places: threading.Semaphore = field(init=False)
     _slowest: dict[str, float] = field(default_factory=dict, init=False)  # seconds of a part's slowest call so far
     _closed: bool = field(default=False, init=False)
@@ -268,15 +269,17 @@ class Pool:
         if self._closed:
             self._places.release()
             return Failure("the rewards were closed before it began")
-        worker = self._free.pop()
+        with self._handing_back:
+            worker = self._free.pop()
         try:
             outcome = worker.run(call, self._odd_s(call.part), step_aside)
             self._slowest[call.part] = max(worker.took_s, self._slowest.get(call.part, 0.0))
             return outcome
         finally:
-            if aside and sum(one.running for one in self._workers) > self.size:
-                worker.stop()
-            (self._free.append if worker.running else self._free.appendleft)(worker)
+            with self._handing_back:  # of those that went aside, no more stay than there are places
+                if sum(one.running for one in self._free) >= self.size:
+                    worker.stop()
+                (self._free.append if worker.running else self._free.appendleft)(worker)
             if not aside:
                 self._places.release()
 

@@ -9,7 +9,7 @@ import yaml
 
 from reasoner import config
 from reasoner.errors import ModelError, OutOfMemory
-from reasoner.rollout.engine import Sampling, asleep
+from reasoner.rollout.engine import Sampling, asleep, unheard
 from reasoner.rollout.single_turn import rollout
 from reasoner.types import Prompt
 
@@ -76,7 +76,8 @@ def test_single_turn_asks_once():
     prompts = [Prompt(id=str(i), text="", answer="", columns={}, token_ids=(i,)) for i in range(3)]
     asked = []
 
-    def generate(some):
+    def generate(some, finished):
+        assert finished is unheard
         asked.append(some)
         return [[] for _ in some]
 
