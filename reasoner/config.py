@@ -90,6 +90,7 @@ class Data:
     subset: str | None = None  # the hub's "config"
     split: str | None = None
     revision: str | None = None
+    streaming: bool = False  # hub: read the first `limit` rows without downloading the others
     options: Node = field(default_factory=dict)  # reasoning_gym: the task's own settings
     size: PositiveInt | None = None  # reasoning_gym: rows drawn before duplicates go
     limit: PositiveInt | None = None  # at most so many rows, the first ones

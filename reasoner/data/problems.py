@@ -220,7 +220,7 @@ class _Reader:
                 answer=found.answer,
                 completion=self._completion(columns, found.answer, self.guard) if self.worked else "",
                 columns={"answer_kind": self.data.answer_kind, **kept},
-                system=self.guard(str(columns.get("system") or "")) if self.shape else "",
+                system=self.guard(str(columns.get("system") or "")) if self.shape and self.shape.brings_system else "",
             )
 
     def check_optional(self, first: Row) -> None:

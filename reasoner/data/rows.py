@@ -85,4 +85,6 @@ def _located(data: Data, rows: Any) -> Iterator[Located]:
         return read_gym(data.name, size=data.size, seed=data.seed, options=data.options)
     if Path(data.name).exists() or Path(data.name).suffix in ENDINGS:
         raise ConfigError(f"data.name={data.name} looks like a file: say data.path={data.name}")
-    return read_hub(data.name, subset=data.subset, split=data.split, revision=data.revision)
+    if data.streaming and data.limit is None:
+        raise ConfigError(f"data.streaming reads the first rows of {data.name}: say how many with data.limit=ROWS")
+    return read_hub(data.name, subset=data.subset, split=data.split, revision=data.revision, streaming=data.streaming)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from reasoner.config import Data
-from reasoner.data.columns import cell_text
+from reasoner.data.columns import ColumnTemplate, cell_text
 from reasoner.errors import DataError
 
 DEFAULTS = Data()
@@ -38,6 +38,7 @@ class Shape:
     uses: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], dict[str, Any] | None]
     prompt: str = "{question}"
+    brings_system: bool = True  # whether a column `system` is the row's own system text
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row as we read it. Raises DataError where it has no question."""
@@ -49,6 +50,8 @@ class Shape:
 
     def settings(self, data: Data, row: Mapping[str, Any]) -> Data:
         """`data` with the templates that the shape brings, where the conf leaves them as they are."""
+        if self is VERL_BESIDE:
+            return data
         made = self.read(row) or {}
         written = data.completion is None and bool(made.get("worked"))
         return replace(data, prompt=self.prompt, completion="{worked}" if written else data.completion)
@@ -60,9 +63,16 @@ class Shape:
 
 
 def shape_of(row: Mapping[str, Any], data: Data) -> Shape | None:
-    """The shape of a source's first row, None where the conf's own templates fit or nothing is recognised."""
+    """The shape of a source's first row, None where the conf's own templates fit or nothing is recognised.
+
+    Of verl's rows with other columns that the conf's templates read, only `prompt` is known, and leaves the row.
+    """
     if data.prompt != DEFAULTS.prompt or "question" in row:
-        return None
+        if "prompt" not in row or not _has_gold(row):
+            return None
+        templates = {"prompt": data.prompt, "answer": data.answer, "completion": data.completion or ""}
+        read = [ColumnTemplate(text, f"data.{key}").names(row) for key, text in templates.items()]
+        return None if any("prompt" in names for names in read) else VERL_BESIDE
     return next((shape for fits, shape in SHAPES if fits(row)), None)
 
 
@@ -149,6 +159,7 @@ def _has_gold(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("reward_model"), Mapping) and "ground_truth" in row["reward_model"]
 
 
+VERL_BESIDE = Shape("verl, whose column prompt is not read", ("prompt",), lambda row: {}, brings_system=False)
 SHAPES: tuple[tuple[Callable[[Mapping[str, Any]], bool], Shape], ...] = (
     (lambda row: "prompt" in row and _has_gold(row), Shape("verl (prompt, reward_model)", ("prompt",), _verl)),
     (lambda row: _is_messages(row.get("messages")), Shape("TRL (messages)", ("messages",), _messages)),

@@ -50,7 +50,7 @@ def _read_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
     if model.gguf:
         path = gguf.find(model.gguf)
         return gguf.make_tokenizer(gguf.read_metadata(path), path)
-    source = sources.locate(model)
+    source = sources.locate_tokenizer(model)
     try:
         return AutoTokenizer.from_pretrained(source.path, **source.options)
     except weights.UNREADABLE as error:

@@ -21,6 +21,7 @@ from reasoner.models import gguf, nf4, scratch
 
 HUB_TIMEOUT_S = 10
 NEVER_ADAPTED = ("lm_head", "embed_tokens")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,15 @@ def locate(model: config.Model) -> Source:
             f"model.name={name}{at} has no .safetensors file; pickled weights are never loaded. Choose another"
         )
     return Source(name, info.sha, local_only=False)
+
+
+def locate_tokenizer(model: config.Model) -> Source:
+    """Where the tokenizer of such a model is: as `locate`, but a local folder may hold a tokenizer and no weights."""
+    folder = Path(model.name).expanduser()
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not weights and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return Source(str(folder), None, local_only=True)
+    return locate(model)
 
 
 def _check_folder(folder: Path) -> None:

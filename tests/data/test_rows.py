@@ -260,3 +260,31 @@ def test_sources_are_told_apart(tmp_path: Path) -> None:
     assert source_of(gym) != source_of(Data(name="reasoning_gym/chain_sum", size=4, options=SUMS, seed=1))
     assert source_of(Data(path=path, sheet="a")) != source_of(Data(path=path, sheet="b")) != same
     assert source_of(hub, [{}]) == source_of(gym, [{}]) == ("rows",)
+
+
+def test_streamed_rows_are_the_first_of_the_set_and_no_more_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = "".join(f'{{"question": "q{i}", "answer": "{i}"}}\n' for i in range(1, 41))
+    (tmp_path / "train-00000-of-00002.jsonl").write_text(rows)
+    (tmp_path / "train-00001-of-00002.jsonl").write_text('{"question": \n')  # never reached
+    (tmp_path / "test.jsonl").write_text('{"question": "t", "answer": "1"}\n')
+    whole = datasets.load_dataset
+
+    def of_folder(name: str, subset: str | None, **options: Any) -> Any:
+        assert name == "some/set" and options["streaming"] is True
+        return whole(str(tmp_path), subset, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", of_folder)
+    streamed = read_rows(Data(name="some/set", split="train", streaming=True, limit=3)).rows
+    assert list(streamed) == [
+        Row({"question": f"q{i}", "answer": str(i)}, f"some/set/train:row {i}", i) for i in (1, 2, 3)
+    ]
+    with pytest.raises(DataError, match=r"has several splits: choose one with data\.split; there are: train, test"):
+        read_rows(Data(name="some/set", streaming=True, limit=3))
+    with pytest.raises(DataError, match=r"data\.name=some/set can't be loaded from the hub"):  # it breaks on the way
+        read_rows(Data(name="some/set", split="train", streaming=True, limit=41))
+    with pytest.raises(ConfigError, match=r"say how many with data\.limit=ROWS"):
+        read_rows(Data(name="some/set", split="train", streaming=True))

@@ -15,6 +15,7 @@ Conf = Callable[..., Config]
 USER, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4"}
 SYSTEM = {"role": "system", "content": "Be short."}
 VERL = {"data_source": "sums", "prompt": [USER], "reward_model": {"style": "rule", "ground_truth": "4"}}
+VERL_REST = {name: cell for name, cell in VERL.items() if name != "prompt"}
 TOLD = {
     "verl": ({**VERL, "extra_info": {"index": 0}}, "4", "", ""),
     "verl, with a system turn": ({**VERL, "prompt": [SYSTEM, USER]}, "4", "", "Be short."),
@@ -113,7 +114,9 @@ def test_parts_of_text_are_joined() -> None:
 
 
 def test_rows_with_a_question_are_left_alone() -> None:
-    assert shape_of({"question": "q", **VERL}, Data()) is None
+    beside = shape_of({"question": "q", **VERL}, Data())
+    assert beside is not None and beside.settings(Data(), VERL) == Data()
+    assert beside.columns({"question": "q", **VERL}) == {"question": "q", **VERL_REST}
     assert shape_of({"text": "q"}, Data()) is None
 
 
@@ -128,3 +131,19 @@ def test_real_rows_of_verl(conf: Conf, tokenizer: Any, shared: Path) -> None:
     counts = task.report["grpo"]
     assert sum(counts.values()) == 2 * counts["rows"] == 2 * 1209 and counts["kept"] > 1200
     assert task.prompts[0].answer == "\\frac{3}{7}" and task.prompts[0].text.startswith("Find the probability")
+
+
+def test_verl_rows_with_columns_of_their_own_are_read_by_the_confs_templates(conf: Conf, tokenizer: Any) -> None:
+    row = {**VERL, "quiz": "Who lies?", "who": "Zoe", "system": "not a turn"}
+    data = {"heldout": 0, "template": "chatml", "answer_kind": "text", "prompt": "{quiz}", "answer": "{who}"}
+    task = load_task(conf(data, ("grpo",)), tokenizer, [row])
+    (prompt,) = task.prompts
+    assert [turn["content"] for turn in prompt.messages] == ["Who lies?"] and prompt.answer == "Zoe"
+    assert "prompt" not in prompt.columns and prompt.columns["reward_model"] == row["reward_model"]
+    assert task.notes[0].startswith(
+        "grpo: rows in the shape of verl, whose column prompt is not read: data.prompt='{quiz}'"
+    )
+    asked = load_task(conf({**data, "prompt": "{prompt[0][content]}"}, ("grpo",)), tokenizer, [row])
+    assert asked.notes == () and asked.prompts[0].messages[0]["content"] == "2+2?"
+    with pytest.raises(DataError, match="the column 'prompt' has the name of an argument"):
+        load_task(conf(data, ("grpo",)), tokenizer, [{"prompt": "p", "quiz": "q", "who": "w"}])

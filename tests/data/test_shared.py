@@ -44,16 +44,9 @@ REAL: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def drop_clashes(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of verl's without the column `prompt`, whose place data.prompt takes."""
-    return {name: cell for name, cell in row.items() if name != "prompt"}
-
-
 @pytest.mark.parametrize("name", REAL)
 def test_every_real_file_loads_by_conf_alone(conf: Conf, tokenizer: Any, shared: Path, name: str) -> None:
     settings, rows = REAL[name]
-    if "quiz" in settings.get("prompt", ""):
-        settings = {**settings, "map": f"{__file__}:drop_clashes"}
     data = {"path": str(shared / name), "heldout": 0, "max_prompt_tokens": 4096, **settings}
     task = load_task(conf(data, ("grpo",)), tokenizer)
     counts = task.report["grpo"]

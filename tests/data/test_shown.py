@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reasoner.config import Config
+import pytest
+
+from reasoner.config import Config, Model
 from reasoner.data.shown import MASKED, TRAINED, Piece, plain, shown, tokens
 from reasoner.data.task import load_task
+from reasoner.errors import ModelError
+from reasoner.models.loading import load_tokenizer
+from reasoner.models.sources import check_model
 
 Conf = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
@@ -88,3 +93,14 @@ def test_the_command_loads_a_tokenizer_and_no_model(tmp_path: Path) -> None:
     assert broken == "2 []" and f"{paths[0]}:41: broken JSON" in done.stderr
     assert sound.endswith("0 []") and "template: plain text, no chat template" in sound
     assert "[[" in sound and "\x1b" not in sound
+
+
+def test_a_folder_with_a_tokenizer_alone_is_enough(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "tokenizers/qwen2.5-instruct"
+    assert not list(folder.glob("*.safetensors"))
+    tokenizer = load_tokenizer(Model(name=str(folder)))
+    assert tokenizer.eos_token_id is not None
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load_tokenizer(Model(name=str(tmp_path)))
+    with pytest.raises(ModelError, match=r"has no config\.json"):  # a run needs the weights, and says so first
+        check_model(Model(name=str(folder)))
