@@ -124,3 +124,42 @@ def test_a_command_of_the_readme_runs(command: str, place: Path, monkeypatch: py
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.StringIO("1 + 2\n/quit\n"))
     assert main([*shlex.split(command), *SMALL.get(command, [])]) == 0
+
+
+CONFS = [
+    (page, number, text)
+    for page in PAGES
+    for number, text in enumerate(
+        re.findall(r"^```yaml\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    )
+]
+
+
+@pytest.mark.parametrize(("page", "number", "text"), CONFS, ids=[f"{page.name}-{n}" for page, n, _ in CONFS])
+def test_a_conf_of_a_page_composes(page: Path, number: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    own = yaml.safe_load(text)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/mine.yaml").write_text(yaml.safe_dump({"defaults": ["gsm8k", "_self_"], **own}))
+    monkeypatch.chdir(tmp_path)
+    made = dict(leaves(asdict(validate(compose_conf("mine", ["card=24"]).values))))
+    assert {key for key, _ in leaves(own)} - {"defaults"} <= set(made)
+
+
+def test_the_rows_and_commands_of_sft_then_grpo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    page = (ROOT / "docs/sft_then_grpo.md").read_text(encoding="utf-8")
+    conf, row, commands = re.findall(r"^```(?:yaml)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/mine.yaml").write_text(conf)
+    rows = [row.replace("Tom", f"Tom {number}") for number in range(40)]
+    (tmp_path / "worked.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    on_a_cpu = ["card=8", "model=tiny", "model.lora=null", "model.quantize=none", "data.template=plain", "rollout=hf"]
+    on_a_cpu += ["optim@sft.optim=adamw", "optim@grpo.optim=adamw", "reward.workers=1"]
+    for command in commands.splitlines():
+        assert main([*shlex.split(command.removeprefix("python -m reasoner ")), *on_a_cpu]) == 0
+    said = capsys.readouterr().out
+    assert "sft: 20 examples of 40 rows (20 held out)" in said
+    assert "[[3 + 4 = 7.\\n#### 7" in said.replace("\n", "\\n")
+    assert "every gold completion earns full marks" in said
