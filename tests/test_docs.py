@@ -149,7 +149,7 @@ def test_the_rows_and_commands_of_sft_then_grpo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     page = (ROOT / "docs/sft_then_grpo.md").read_text(encoding="utf-8")
-    conf, row, commands = re.findall(r"^```(?:yaml)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    conf, row, commands, _ = re.findall(r"^```(?:yaml)?\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/mine.yaml").write_text(conf)
     rows = [row.replace("Tom", f"Tom {number}") for number in range(40)]
