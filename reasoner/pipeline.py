@@ -176,7 +176,7 @@ class Pipeline:
     def _go_on(self, folder: RunFolder, console: Console, saved: Saved) -> Results:
         """What the run had measured by its checkpoint, once the settings are found to fit it."""
         source = Path(str(self.config.resume.dir))
-        old = read_config(source)
+        old = _settings_of(source)
         for line in check_resume(old, plain(asdict(self.config)), self.config.resume.allow, saved.progress):
             console.say(f"changed: {line}")
         console.notes.extend(notes_of(source))
@@ -226,6 +226,16 @@ class Pipeline:
         ]
         if chosen:
             console.say(f"card: {' '.join(chosen)}")
+
+
+def _settings_of(source: Path) -> Mapping[str, Any]:
+    """What a run was set to. A key that came since has its default, and no key that went is lost: check_resume names
+    it."""
+    found = read_config(source)
+    try:
+        return plain(asdict(validate(found)))
+    except ConfigError:
+        return found
 
 
 def _check_validation(config: Config) -> None:
