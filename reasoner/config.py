@@ -112,7 +112,7 @@ class Data:
     validation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
         0  # rows (or a share) of grpo's that only choose its best checkpoint
     )
-    overlap: Literal["exact", "masked", "off"] = "exact"
+    overlap: Literal["exact", "ngrams", "masked", "off"] = "exact"
     max_prompt_tokens: PositiveInt = 512
     seed: int = 0  # draws generated rows and the held-out split; apart from the run's seed, so that runs compare
 

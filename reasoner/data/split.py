@@ -3,17 +3,19 @@
 Problems are compared by the hashes of their wordings (see wordings.py), so that none of them has to be in memory.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 
 from reasoner.data.problems import Problems
-from reasoner.data.wordings import distinct, first_of_each
+from reasoner.data.wordings import distinct, first_of_each, text_hash, words_and_numbers
 from reasoner.errors import ConfigError, DataError
 
 # Ignoring signs merges 0.1% of MATH's problems and 0.5% of MAWPS + ASDiv, and 1.6% to 44% of generated mazes and sums.
 MAX_MERGED = 0.01
+NGRAM, COMMON = 13, 10
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: two hashes make one
 
 
@@ -59,6 +61,21 @@ def without_heldout(problems: Problems, heldout: Problems, *, same_source: bool)
     if same_source:
         gone |= np.isin(problems.numbers, heldout.numbers)
     return problems.at(np.flatnonzero(~gone)), int(gone.sum())
+
+
+def without_shared_ngrams(problems: Problems, others: Problems) -> tuple[Problems, int]:
+    """The problems that share no run of NGRAM words and numbers with any of `others` (arXiv:2005.14165, appendix C; a
+    shorter text counts whole), and how many did. A run that more than COMMON of the others have is boilerplate.
+    """
+    times = Counter(gram for other in others for gram in _ngrams(other.wording))
+    telling = {gram for gram, n in times.items() if n <= COMMON}
+    kept = [place for place, problem in enumerate(problems) if telling.isdisjoint(_ngrams(problem.wording))]
+    return problems.at(np.array(kept, np.int64)), len(problems) - len(kept)
+
+
+def _ngrams(text: str) -> set[bytes]:
+    said = words_and_numbers(text).split()
+    return {text_hash(" ".join(said[i : i + NGRAM])) for i in range(max(1, len(said) - NGRAM + 1))}
 
 
 def without_overlap(problems: Problems, others: Sequence[Problems], key: str) -> tuple[Problems, int]:

@@ -20,7 +20,14 @@ from reasoner.data.prompts import make_prompts
 from reasoner.data.python_rows import rows_from_python
 from reasoner.data.rows import Rows, read_rows, source_of
 from reasoner.data.shapes import shape_of
-from reasoner.data.split import drop_duplicates, exact_key, take_heldout, without_heldout, without_overlap
+from reasoner.data.split import (
+    drop_duplicates,
+    exact_key,
+    take_heldout,
+    without_heldout,
+    without_overlap,
+    without_shared_ngrams,
+)
 from reasoner.data.templates import Template, make_template
 from reasoner.errors import ConfigError, DataError, ModelError
 from reasoner.types import Example, Prompt
@@ -239,6 +246,11 @@ def _split(sections: Sequence[Section], problems: dict[str, Problems], counts: M
             key = exact_key([problems[side] for side in (name, *training)])
             for source in training:
                 problems[source], removed = without_overlap(problems[source], [problems[name]], key)
+                counts[source]["overlap_removed"] += removed
+                counts[name]["overlap_removed_from_training"] += removed
+        elif section.data.overlap == "ngrams":
+            for source in training:
+                problems[source], removed = without_shared_ngrams(problems[source], problems[name])
                 counts[source]["overlap_removed"] += removed
                 counts[name]["overlap_removed_from_training"] += removed
 

@@ -11,7 +11,15 @@ import reasoning_gym
 from reasoner.config import Data
 from reasoner.data.problems import Problems, make_problems
 from reasoner.data.rows import read_rows
-from reasoner.data.split import drop_duplicates, exact_key, take_heldout, without_heldout, without_overlap
+from reasoner.data.split import (
+    COMMON,
+    drop_duplicates,
+    exact_key,
+    take_heldout,
+    without_heldout,
+    without_overlap,
+    without_shared_ngrams,
+)
 from reasoner.data.wordings import Wordings, with_signs, words, words_and_numbers
 from reasoner.errors import ConfigError, DataError
 
@@ -85,10 +93,29 @@ def test_f5_math_has_8_duplicates_and_one_problem_of_math500(shared: Path) -> No
     assert without_overlap(test, [train], "words")[1] == 46
 
 
-def test_f5_gsm8k_shares_nothing(shared: Path) -> None:
+def test_shared_runs_of_words_tell_a_quoted_row_and_boilerplate_does_not() -> None:
+    story = "On Monday Ann buys 3 boxes of 12 pens each and gives 4 of them to Bob"  # 16 words
+    train = problems_of(
+        f"{story}. How many has she now?",
+        f"Note: {story.lower()}!",
+        "on Monday Ann buys 3 boxes of 12 pens each and gives 5 of them to Bob",  # 12 words in a row are shared
+        "Monday Ann buys 3 boxes of 12 pens each and gives 5 of them",
+        "short text",
+    )
+    kept, removed = without_shared_ngrams(train, problems_of(f"{story}. What is left?", "Short, text"))
+    assert ([problem.number for problem in kept], removed) == ([3, 4], 3)
+    everywhere = [f"{story} {i}" for i in range(COMMON + 1)]
+    assert without_shared_ngrams(train, problems_of(*everywhere))[1] == 0, "what every row begins with tells nothing"
+    assert without_shared_ngrams(train, problems_of(*everywhere[1:]))[1] == 2
+
+
+def test_f5_gsm8k_shares_nothing_but_four_near_copies(shared: Path) -> None:
     train, test = (of_file(shared / f"gsm8k/{name}.jsonl", answer_pattern=r"####\s*(.+)") for name in ("train", "test"))
     assert drop_duplicates(train)[1] == 0
     assert without_overlap(train, [test], exact_key([train, test]))[1] == 0
+    kept, removed = without_shared_ngrams(train, test)
+    gone = [problem.wording for problem in train if problem.number not in set(kept.numbers.tolist())]
+    assert removed == 4 and any(text.startswith("A train travels 270 miles in 3 hours.") for text in gone)
 
 
 def test_masked_overlap_of_the_word_problems(shared: Path) -> None:

@@ -101,6 +101,16 @@ def test_named_sets_leave_data_whole_and_cost_training_what_they_share(
     ]
 
 
+def test_a_shared_run_of_words_costs_training(conf: Conf, tokenizer: Any, tmp_path: Path) -> None:
+    story = "On Monday Ann buys 3 boxes of 12 pens each and gives 4 of them to Bob."
+    train = written(tmp_path, "train.csv", [*rows_of(20), {"question": f"{story} How many?", "answer": "32"}])
+    test = written(tmp_path, "test.csv", [{"question": f"{story} What is left?", "answer": "32"}])
+    sets = {"own": {"path": test, "overlap": "ngrams"}}
+    task = load_task(conf({"path": train}, ("grpo", "evaluate"), evaluate={"sets": sets}), tokenizer)
+    assert len(task.prompts) == 20 and task.report["grpo"]["overlap_removed"] == 1
+    assert task.overlap_removed == {"own": 1} and len(task.sets["own"]) == 1
+
+
 def test_masked_overlap_costs_the_set_and_off_costs_nothing(conf: Conf, tokenizer: Any, tmp_path: Path) -> None:
     train = written(tmp_path, "train.csv", rows_of(20))
     held = [*rows_of(3, start=90), {"question": "Who won?", "answer": "1"}]
