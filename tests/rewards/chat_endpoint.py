@@ -24,6 +24,10 @@ class Endpoint:
     most_at_once: int = 0
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # with the 5 of the library a connection is dropped where many come at once
+
+
 @contextmanager
 def chat_endpoint(answer: Answer) -> Iterator[Endpoint]:
     """A server that answers POST /v1/chat/completions until the block ends."""
@@ -56,7 +60,7 @@ def chat_endpoint(answer: Answer) -> Iterator[Endpoint]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1")
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
