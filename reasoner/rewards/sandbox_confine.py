@@ -72,7 +72,7 @@ NUMBERS = {  # of the calls that are allowed with some arguments only, and of th
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7), "arm64": (1, 0xC00000B7)}  # column, audit word
 
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 15, 16, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
 PR_SET_VMA = 0x53564D41  # what malloc names its memory with
 SECCOMP_MODE_FILTER = 2
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (1 << bit for bit in (17, 26, 27, 28, 29, 30))
@@ -121,6 +121,14 @@ def die_with(parent_pid: int) -> None:
         _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def hide() -> None:
+    """Let no process of the same user open this one's descriptors or memory by way of /proc, nor its forks' ones.
+    Landlock alone lets the programs write into the pipes of the tests.
+    """
+    if sys.platform == "linux":
+        _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def limit(memory_bytes: int, cpu_s: int, *, threads: bool) -> None:

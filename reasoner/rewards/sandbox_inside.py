@@ -76,6 +76,7 @@ def _confine(method: str, parent: int, paths: Sequence[str]) -> bool:
         sandbox_confine.landlock(paths)
     if method != NOTHING:
         sandbox_confine.drop_capabilities()
+    sandbox_confine.hide()
     return method in (BUBBLEWRAP, NAMESPACES) and sandbox_confine.threads_countable()
 
 
@@ -181,6 +182,7 @@ def _empty_here() -> bool:
         try:
             os.rmdir(entry.name)
         except OSError:  # something is in it
+            os.chmod(entry.name, 0o700)  # it may have been made so that nobody can list it
             os.chdir(entry.name)
             return False
     return True
@@ -241,11 +243,12 @@ def as_program(source: str) -> NoReturn:
     """Run the source as a script does, to the end of its threads and of what it registered for its end."""
     names = _module("__main__")
     code = _exit_code(lambda: exec(compile(source, "<completion>", "exec"), names))
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  executors' threads end there
     atexit._run_exitfuncs()  # programs print there
-    sys.stdout.flush()
+    names.clear()  # files that it left open are written out
+    for stream in (sys.stdout, sys.__stdout__):
+        with suppress(ValueError, AttributeError):  # closed, or put out of the way
+            stream.flush()  # type: ignore[union-attr]
     os._exit(code)
 
 

@@ -48,6 +48,12 @@ RIGHT_SCRIPTS = [
     "import atexit, os\nout = []\natexit.register(lambda: os.write(1, ''.join(out).encode()))\n"
     "out.append(str(sum(map(int, input().split()))))",
     SCRIPT + "\nexit()",
+    # what an interpreter still does at its end
+    "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(2)\n"
+    "print(pool.submit(lambda: sum(map(int, input().split()))).result())",
+    "import io, sys\n" + SCRIPT + "\nsys.stdout = io.StringIO()\nprint('log')",
+    "import sys\n" + SCRIPT + "\nsys.stdout.close()",
+    "out = open(1, 'w')\nout.write(str(sum(map(int, input().split()))))",
 ]
 WRONG_SCRIPTS = [
     "a, b = map(int, input().split())\nprint(a - b)",

@@ -323,6 +323,35 @@ def honest(): return not found
     assert best.judge(program, tests, LIMITS, partial=True) == ([False, True], True)
 
 
+def test_no_verdict_is_forged_through_proc(sandbox):
+    """The pipes of the tests and of the process that forks both, opened by number: Landlock sees no path there."""
+    program = """
+import json, os, struct
+def frame(message):
+    blob = json.dumps(message).encode()
+    return struct.pack(">I", len(blob)) + blob
+for pid in (os.getppid(), os.getpid() + 1, os.getpid() + 2, 1):
+    for descriptor in (1, 3):
+        try:
+            pipe = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_WRONLY)
+            os.write(pipe, frame({"passed": True}) + frame({"end": True}))
+        except OSError:
+            pass
+def f(): return 99
+"""
+    assert sandbox.judge(program, ASK | {"statements": ["assert f() == 1"]}, LIMITS, partial=True) == ([False], True)
+    assert list(sandbox.outputs("print(input())", ["next"], LIMITS)) == ["next\n"]
+
+
+def test_a_folder_that_nobody_can_list_is_wiped(sandbox):
+    hidden = (
+        "import os\ntry:\n    os.mkdir('d', 0o300)\n    open('d/x', 'w').close()\nexcept OSError: pass\nprint('made')"
+    )
+    after = "import os\nprint(os.path.exists('d'))"
+    assert list(sandbox.outputs(hidden, [""], LIMITS)) == ["made\n"]
+    assert list(sandbox.outputs(after, [""], LIMITS)) == ["False\n"]
+
+
 def test_tests_that_hang_or_break_are_told_apart(best):
     def judged(program, *statements, **more):
         return best.judge(program, {**ASK, "statements": list(statements), **more}, SHORT, partial=True)
