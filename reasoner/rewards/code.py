@@ -238,7 +238,10 @@ def _same_words(wanted: Sequence[str], said: Sequence[str], tolerance: float) ->
 
 
 def _near(wanted: float, said: float, tolerance: float) -> bool:
-    return wanted == said or (math.isfinite(said) and abs(wanted - said) <= tolerance * max(1.0, abs(wanted)))
+    try:
+        return wanted == said or (math.isfinite(said) and abs(wanted - said) <= tolerance * max(1.0, abs(wanted)))
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def same_value(wanted: Any, said: str, tolerance: float) -> bool:
@@ -247,7 +250,7 @@ def same_value(wanted: Any, said: str, tolerance: float) -> bool:
     """
     try:
         value = from_wire(json.loads(said))
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, RecursionError, OverflowError):
         return False
     alone = isinstance(wanted, list) and len(wanted) == 1
     return _same(wanted, value, tolerance) or (alone and _same(wanted[0], value, tolerance))

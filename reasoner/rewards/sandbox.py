@@ -134,7 +134,7 @@ class Sandbox:
                 self._write(None)
 
     def judge(self, source: str, tests: Mapping[str, Any], limits: Limits, *, partial: bool) -> tuple[list[bool], bool]:
-        """Which tests passed, and whether they came to their end; see sandbox_calls.run_tests. Without `partial` up to
+        """Which tests passed, and whether they came to their end; see sandbox_tests.run_tests. Without `partial` up to
         the first failure. Raises ValueError for tests that can't be run here.
         """
         ends = self._begin({"kind": "tests", "partial": partial}, source, limits)

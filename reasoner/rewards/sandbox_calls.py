@@ -2,20 +2,16 @@
 and each call crosses a pipe to the process that runs the program. Only plain data comes back, so that the comparison is
 the tests' own: an object that equals everything can't travel, and what the program does to its interpreter stays there.
 
-Standard library only: both processes are in the sandbox. Left out: arguments that a call changes in place, and
-functions as arguments.
+Standard library only: both processes are in the sandbox. sandbox_tests.py runs the assertions themselves. Left out:
+arguments that a call changes in place, and functions as arguments.
 """
 
-import ast
 import builtins
-import importlib
 import json
 import os
 import select
 import struct
-import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -145,6 +141,7 @@ def serve_calls(namespace: dict[str, Any], requests: int, replies: int) -> None:
 DO: dict[str, Callable[..., Any]] = {
     "call": lambda target, *arguments, **named: target(*arguments, **named),
     "get": getattr,
+    "set": setattr,
     "list": list,
     "len": len,
     "item": lambda target, key: target[key],
@@ -169,6 +166,7 @@ class Line:
     def __init__(self, requests: int, replies: int, limit_s: float):
         self._requests, self._replies, self._limit_s = requests, replies, limit_s
         self._deadline, self._broken = 0.0, False
+        self.asked = False  # anything at all
 
     def start(self) -> None:
         """A new test begins."""
@@ -189,6 +187,7 @@ class Line:
             raise Broken("no reply") from None
 
     def _reply(self, request: Any) -> Any:
+        self.asked = True
         if self._broken:
             raise Broken("the program failed before")
         self._broken = True
@@ -228,7 +227,8 @@ class Remote:
     __slots__ = ("_line", "_target")
 
     def __init__(self, line: Line, target: str | int):
-        self._line, self._target = line, target
+        object.__setattr__(self, "_line", line)
+        object.__setattr__(self, "_target", target)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._line.ask("call", self._target, arguments, named)
@@ -237,6 +237,9 @@ class Remote:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._line.ask("get", self._target, [name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._line.ask("set", self._target, [name, value])
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._line.ask("list", self._target))
@@ -249,106 +252,3 @@ class Remote:
 
     def __getitem__(self, key: Any) -> Any:
         return self._line.ask("item", self._target, [key])
-
-
-def run_tests(tests: Mapping[str, Any], line: Line) -> Iterator[bool]:
-    """Whether each test passes, one after another. Runs in the tests' process.
-
-    `tests` has `statements`, each a test unless it defines some, `setup` before them, `entry` (the function that
-    `check(candidate)` is called with, or "") and `helpers` (further names of the program that the tests may use).
-    Raises Unfit for tests that can't be run here.
-    """
-    namespace = _namespace(tests, line)
-    for code in [_compiled(text) for text in tests["statements"]]:
-        before = set(namespace)
-        line.start()
-        passed = _passes(lambda code=code: exec(code, namespace))
-        functions = _functions(namespace, before, tests["entry"], line)
-        if not functions or not passed:
-            yield passed
-        for function in functions if passed else ():
-            line.start()
-            yield _passes(function)
-
-
-def _functions(namespace: dict[str, Any], before: set[str], entry: str, line: Line) -> list[Callable[[], Any]]:
-    """The tests that a text has just defined: `check`, called with a stand-in for the entry, or functions test_..."""
-    if "check" in namespace and "check" not in before:
-        if not entry:
-            raise Unfit("the test defines check(candidate): give the candidate's name in a column entry_point")
-        return [lambda: namespace["check"](Remote(line, entry))]
-    return [namespace[name] for name in namespace if name.startswith("test_") and name not in before]
-
-
-def _passes(run: Callable[[], Any]) -> bool:
-    try:
-        run()
-    except (ImportError, NameError) as error:
-        if getattr(error, "of_the_program", False):
-            return False
-        raise Unfit(f"the tests can't be run: {type(error).__name__}: {error}") from None
-    except (Exception, Broken, SystemExit):  # noqa: BLE001  whatever an assertion raises, it does not hold
-        return False
-    return True
-
-
-def _compiled(text: str) -> types.CodeType:
-    try:
-        return compile(text, "<test>", "exec")
-    except (SyntaxError, ValueError) as error:
-        raise Unfit(f"a test is no Python: {error}: {text[:80]!r}") from None
-
-
-def _namespace(tests: Mapping[str, Any], line: Line) -> dict[str, Any]:
-    """What the tests see: their setup, standard modules that they name without importing, and stand-ins for the
-    program's names that they use.
-    """
-    module = types.ModuleType(SOLUTION)
-    module.__getattr__ = lambda name: _stand_in(line, name)  # type: ignore[method-assign]
-    sys.modules[SOLUTION] = module
-    free = _free_names("\n".join([tests["setup"], *tests["statements"]]))
-    entry, helpers = tests["entry"], tests["helpers"]
-    namespace: dict[str, Any] = {"__name__": "tests"}
-    for name in sorted(free):
-        if name in sys.stdlib_module_names and name not in helpers:
-            namespace[name] = importlib.import_module(name)
-        elif entry and name not in (entry, *helpers):
-            raise Unfit(
-                f"the tests use '{name}', which they don't define: to take it from the program, which may define it in "
-                f"its own favour, set options.helpers=[{name}]"
-            )
-        else:
-            namespace[name] = Remote(line, name)
-    line.start()
-    exec(_compiled(tests["setup"]), namespace)
-    return namespace
-
-
-def _stand_in(line: Line, name: str) -> Remote:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return Remote(line, name)
-
-
-def _free_names(text: str) -> set[str]:
-    """Names that the code uses and neither makes nor finds among Python's own."""
-    used, made = set[str](), set[str](dir(builtins))
-    for node in ast.walk(_parsed(text)):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else made).add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            made.add(node.name)
-        elif isinstance(node, ast.arg):
-            made.add(node.arg)
-        elif isinstance(node, ast.alias):
-            made.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            made.add(node.name)
-    return used - made - {"__name__", "__file__"}
-
-
-def _parsed(text: str) -> ast.Module:
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        raise Unfit(f"the tests are no Python: {error}") from None

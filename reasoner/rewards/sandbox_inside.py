@@ -2,7 +2,7 @@
 more. It is started once for many completions, so that a run costs a fork and no interpreter.
 
 What a test expects never enters it: outputs and values go back to the reward's process and are compared there, and the
-text of assertions is read by a second fork, apart from the program's (sandbox_calls.py). Standard library only.
+text of assertions is read by a second fork, apart from the program's (sandbox_tests.py). Standard library only.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from reasoner.rewards import sandbox_calls, sandbox_confine
+from reasoner.rewards import sandbox_calls, sandbox_confine, sandbox_tests
 from reasoner.rewards.sandbox_calls import SOLUTION, Broken, Unfit, read_frame, write_frame
 
 BUBBLEWRAP, NAMESPACES, LANDLOCK, NOTHING = "bubblewrap", "namespaces", "landlock", "unsandboxed"
@@ -281,7 +281,7 @@ def as_tests(limit_s: float, partial: bool) -> NoReturn:
     os.write(ALIVE, b"r")
     os.dup2(1, 0)
     try:
-        for passed in sandbox_calls.run_tests(tests, sandbox_calls.Line(REQUESTS, REPLIES, limit_s)):
+        for passed in sandbox_tests.run_tests(tests, sandbox_calls.Line(REQUESTS, REPLIES, limit_s)):
             write_frame(RESULT, {"passed": passed})
             if not passed and not partial:
                 break

@@ -258,6 +258,9 @@ def test_outputs_are_compared_by_lines_and_words(wanted, said, same):
         (3, "[" * 100_000, False),
         (3, '{"int": 5}', False),
         (3, '{"dict": [[[1], 2]]}', False),
+        (0.5, json.dumps({"int": hex(10**400)}), False),
+        (10**400, "1.5", False),
+        (3, '{"complex": [1' + "0" * 400 + ", 0]}", False),
     ],
 )
 def test_values_are_compared_by_type(wanted, said, same):
@@ -289,6 +292,42 @@ def test_rows_of_humaneval_and_mbpp():
     assert code(forged, check, entry_point="find_zero", test_setup_code=poly) == 0.0
     with pytest.raises(ValueError, match=r"set options.helpers=\[poly\]"):
         code(gold, check, entry_point="find_zero")
+
+
+CLASSES = {
+    "unittest": "import unittest\nclass TestCases(unittest.TestCase):\n    def setUp(self):\n        self.wanted = 3\n"
+    "    def test_add(self):\n        self.assertEqual(add(1, 2), self.wanted)\n",
+    "pytest": "class TestAdd:\n    def setup_method(self):\n        self.wanted = 3\n"
+    "    def test_add(self):\n        assert add(1, 2) == self.wanted\n",
+}
+
+
+@pytest.mark.parametrize("tests", CLASSES.values(), ids=list(CLASSES))
+def test_the_methods_of_classes_are_tests(tests):
+    assert [code(fenced(s), tests) for s in (FUNCTION, "def add(a, b): return 9", "")] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("tests", "why"),
+    [
+        ("def never_called():\n    assert add(1, 2) == 3", "never ask the program"),
+        ("async def test_add():\n    assert add(1, 2) == 3", "asynchronous"),
+        ("def test_add(tmp_path):\n    assert add(1, 2) == 3", "takes arguments"),
+    ],
+)
+def test_tests_that_every_program_would_pass_are_a_failure(tests, why):
+    with pytest.raises(ValueError, match=why):
+        code(fenced(FUNCTION), tests)
+
+
+def test_what_a_program_breaks_in_the_tests_is_wrong_not_failed():
+    looped = "def test_add():\n    for x in add(1, 2):\n        last = x\n    assert last == 3"
+    assert code(fenced("def add(a, b): return []"), looped) == 0.0
+    node, tests = "class Node:\n    def __init__(self, x): self.x = x", json.dumps(["assert root.left.x == 2"])
+    setup = "root = Node(1)\nroot.left = Node(2)"
+    assert code(fenced(node), tests, test_setup_code=setup) == 1.0
+    assert code(fenced(""), tests, test_setup_code=setup) == 0.0
+    assert code(fenced("def bisect(a, b): return a + b"), json.dumps(["assert bisect(1, 2) == 3"])) == 1.0
 
 
 def test_exceptions_and_objects_cross_over():
