@@ -4,6 +4,7 @@ The server is vLLM's own, started with what the run says: its base with the adap
 and stop ids. Left out: a server for machines without a card (export to=gguf is served there by llama.cpp or Ollama).
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from reasoner.compose import compose_conf
 from reasoner.config import Config, nearest, validate
 from reasoner.errors import ConfigError, RunFolderError
+from reasoner.export.request import REPORT
 from reasoner.models.sources import locate
 from reasoner.rollout.choice import absent
 from reasoner.run_folder import CONFIG
@@ -65,6 +67,9 @@ def command_for(run: Path, config: Config, name: str) -> list[str]:
     start = [sys.executable, "-m", VLLM, "serve"]
     for whole in (run / MERGED, run / "model"):
         if (whole / "config.json").is_file():
+            report = whole / REPORT
+            if report.is_file() and json.loads(report.read_bytes()).get("passed") is False:
+                raise RunFolderError(f"{whole} failed its proof ({report} tells): remove it, or export it again")
             return [*start, str(whole), "--served-model-name", name, "--generation-config", str(whole)]
     adapter = run / "adapter"
     if not (adapter / "adapter_config.json").is_file():

@@ -46,7 +46,11 @@ def test_whole_and_merged_models_are_served_alone(trained_run: Path, adapted_run
     merged = tmp_path / "exports/merged"
     merged.mkdir(parents=True)
     (merged / "config.json").write_text("{}")
+    (merged / "export.json").write_text('{"verified": true, "passed": true}')
     assert command_for(tmp_path, config_of(adapted_run), "tiny")[4] == str(merged)
+    (merged / "export.json").write_text('{"verified": true, "passed": false}')
+    with pytest.raises(RunFolderError, match="exports/merged failed its proof"):
+        command_for(tmp_path, config_of(adapted_run), "tiny")
 
 
 def test_what_vllm_cannot_serve_is_said(adapted_run: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from reasoner.export.proof import sentence
 from reasoner.export.request import ADAPTER, MERGED
 from reasoner.redact import Redactor
 from reasoner.results import Results
-from reasoner.run_folder import CONFIG, EVAL, EVAL_PROBLEMS
+from reasoner.run_folder import CONFIG, EVAL, EVAL_PROBLEMS, read_rows
 
 SECTIONS = ("seed", "stages", "model", "data", "reward", "sft", "grpo")
 LIBRARIES = {ADAPTER: "peft", MERGED: "transformers"}
@@ -30,12 +30,13 @@ def write(run: Path, told: Mapping[str, Any], repo: str) -> str:
     config = _shown(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
     base = _base(config["model"])
     licence = licence_of(base)
+    source = _source(config)
     data = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if told["to"] == ADAPTER else "finetune",
         library_name=LIBRARIES.get(told["to"], "gguf"),
         license=licence,
-        datasets=[config["data"]["name"]] if _is_id(config["data"].get("name")) else None,
+        datasets=[source] if source == config["data"]["name"] and _is_id(source) else None,
         pipeline_tag="text-generation",
         tags=["reasoner", *(stage for stage in ("sft", "grpo") if stage in config["stages"])],
     )
@@ -59,13 +60,17 @@ def _parts(
     yield "## This artefact\n\n" + _proof(told)
     rewards = [f"- `{name}`: `{_reward(part)}`, weight {part['weight']:g}" for name, part in _rewards(config)]
     yield "## Rewards\n\n" + "\n".join(rewards)
-    source = config["data"].get("name") or config["data"].get("path")
     prompt = f"prompt `{config['data']['prompt']}`"
-    yield f"## Data\n\n`{source}`, {prompt}; what `sft.data` and `grpo.data` change is under Settings."
+    yield f"## Data\n\n`{_source(config)}`, {prompt}; what `sft.data` and `grpo.data` change is under Settings."
     settings = {name: config[name] for name in SECTIONS if name in config}
     yield "## Settings\n\n```yaml\n" + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip() + "\n```"
     yield "## Versions\n\n" + ", ".join(f"{name} {number}" for name, number in told["versions"].items())
     yield f"## Licence\n\n{f'`{licence}`, as the base.' if licence else UNKNOWN}"
+
+
+def _source(config: Mapping[str, Any]) -> str | None:
+    """Where the rows came from; `data.path` comes before `data.name`, which a conf may still have."""
+    return config["data"]["path"] or config["data"]["name"]
 
 
 def _measured(run: Path) -> str:
@@ -73,7 +78,7 @@ def _measured(run: Path) -> str:
     rows = json.loads((run / EVAL).read_text(encoding="utf-8")) if (run / EVAL).is_file() else []
     if not rows:
         return "This run evaluated nothing."
-    lines = [json.loads(line) for line in (run / EVAL_PROBLEMS).read_text(encoding="utf-8").splitlines()]
+    lines = list(read_rows(run / EVAL_PROBLEMS))
     cells = [
         f"| {row['row']} | {row['set']} | {row['problems']:,} | {row['greedy_accuracy']:.1%} | "
         f"{row['greedy_low']:.1%} to {row['greedy_high']:.1%} |"

@@ -139,6 +139,9 @@ def _out(own: dict[str, str], run: Path, to: str, quant: str) -> tuple[Path, boo
         told = json.loads((out / REPORT).read_text(encoding="utf-8"))
         ended, made = (path.stat().st_mtime if path.exists() else 0.0 for path in (run / SUMMARY, out / REPORT))
         same = told.get("passed") and told["to"] == to and told.get("quant", quant) == quant
+        same = same and Path(told["run"]).resolve() == run.resolve()
+        same = same and own.get("base", "trained") == told.get("base", "trained")
+        same = same and own.get("dtype", "auto") in ("auto", told.get("dtype"))
         if same and made >= ended:  # the run has not gone on since
             return out, True
     raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")

@@ -78,7 +78,7 @@ class Ledger:
         if not self.path.exists():
             return
         try:
-            head, *rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            head, *rows = [json.loads(line) for line in self._lines()]
             about = head["ledger"]
             found = {row["key"]: Entry(**{name: row[name] for name in row if name != "key"}) for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -87,6 +87,10 @@ class Ledger:
         if about != self.about:
             raise ConfigError(f"grpo.ledger={self.path} is of {about}, this run of {self.about}: name another file")
         self.entries = found
+
+    def _lines(self) -> list[str]:
+        """Split at line feeds alone: a prompt may hold U+2028, which str.splitlines takes for an end too."""
+        return self.path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
     def turn(self, prompt: Prompt) -> str | None:
         """A word if the prompt rests on this turn of its, which that brings closer to its end; else None."""

@@ -27,9 +27,12 @@ def one_part(late: Sequence[Row], weights: Mapping[str, float], right: str | Non
     """
     whole, shares, groups = 0.0, dict.fromkeys(weights, 0.0), 0
     for rows in _groups(late):
-        rewards = _centred([row["reward"] for row in rows])
+        totals = [row["reward"] for row in rows]
+        if max(totals) == min(totals):  # what centring leaves of equal numbers is rounding
+            continue
+        rewards = _centred(totals)
         spread = sum(value * value for value in rewards)
-        groups += spread > 0
+        groups += 1
         whole += spread
         for name, weight in weights.items():
             part = _centred([weight * (row["parts"].get(name) or 0.0) for row in rows])

@@ -135,6 +135,9 @@ def test_a_refusal_keeps_the_artefact_and_the_same_command_goes_on(hub: Hub, run
     assert main(asked) == 2
     assert "exists and isn't empty" in capsys.readouterr().err, "the run went on, and its artefact is of before"
     (run / "exports/gguf-f16/export.json").touch()
+    other = shutil.copytree(run, run.with_name("other"))
+    assert main([*asked, f"run={other}", f"out={run / 'exports/gguf-f16'}"]) == 2
+    assert "exists and isn't empty" in capsys.readouterr().err, "it is another run's, and would get this one's card"
     hub.private = False
     assert main([*asked[:-2], "private=true"]) == 2
     assert "is there already and public: private=false" in capsys.readouterr().err
@@ -184,10 +187,11 @@ def test_the_card_names_a_base_of_the_hub_with_its_licence(
 ):
     settings = yaml.safe_load((trained_run / "config.yaml").read_text())
     settings["model"] |= {"name": "Org/Base-1B", "scratch": None}
-    settings["data"] |= {"name": None, "path": "/data/of/mine/rows.csv", "prompt": f"key {TOKEN}: {{question}}"}
+    settings["data"] |= {"name": "Org/rows", "path": "/data/of/mine/rows.csv", "prompt": f"key {TOKEN}: {{question}}"}
     monkeypatch.setenv("MY_SECRET", TOKEN)
-    for name in ("eval.json", "eval_problems.jsonl"):
-        shutil.copy(trained_run / name, tmp_path)
+    shutil.copy(trained_run / "eval.json", tmp_path)
+    answers = (trained_run / "eval_problems.jsonl").read_text()
+    (tmp_path / "eval_problems.jsonl").write_text(answers.replace('"text": "', '"text": "\u2028'))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(card, "licence_of", lambda base: "apache-2.0" if base == "Org/Base-1B" else None)
     numbers = {"tokens": 10, "mean_gap": 0.001, "largest_gap": 0.01, "limit": 0.01, "sets": {}}
@@ -195,6 +199,7 @@ def test_the_card_names_a_base_of_the_hub_with_its_licence(
     text = card.write(tmp_path, told | numbers, "me/sums")
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["base_model"] == "Org/Base-1B" and head["license"] == "apache-2.0" and head["library_name"] == "gguf"
+    assert "datasets" not in head, "data.path comes before data.name"
     assert (
         "A GGUF file (q8_0) made from [Org/Base-1B](https://huggingface.co/Org/Base-1B), by SFT and then GRPO" in text
     )

@@ -102,6 +102,16 @@ def test_the_file_lists_the_hopeless_first_with_their_texts_and_is_read_again(tm
         Ledger(ledger.path, {"model": "other", "reward": "accuracy: math"}).read()
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\n", "\r"])
+def test_a_prompt_may_hold_any_line_end(tmp_path: Path, mark: str) -> None:
+    ledger = Ledger(tmp_path / "l.jsonl", ABOUT)
+    ledger.note([Visit(Prompt("grpo:1", f"a{mark}b", f"1{mark}", {}, (1,)), 0, 2, False)])
+    ledger.write()
+    again = Ledger(ledger.path, ABOUT)
+    again.read()
+    assert again.entries == ledger.entries
+
+
 @pytest.mark.parametrize("text", ["", "[]\n", "{}\n", '{"ledger": {}}\n{"key": "a", "solved": 1, "odd": 2}\n', "\x00"])
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "l.jsonl").write_text(text)
