@@ -36,7 +36,7 @@ def write(run: Path, told: Mapping[str, Any], repo: str) -> str:
         base_model_relation="adapter" if told["to"] == ADAPTER else "finetune",
         library_name=LIBRARIES.get(told["to"], "gguf"),
         license=licence,
-        datasets=[source] if source == config["data"]["name"] and _is_id(source) else None,
+        datasets=[str(source)] if source == config["data"]["name"] and _is_id(source) else None,
         pipeline_tag="text-generation",
         tags=["reasoner", *(stage for stage in ("sft", "grpo") if stage in config["stages"])],
     )
