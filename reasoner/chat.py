@@ -24,7 +24,7 @@ from reasoner.compose import compose_conf
 from reasoner.config import Config, Data, Optim, data_of, validate
 from reasoner.console import score_line, visible
 from reasoner.data.templates import END_THINK, THINK, ChatTemplate, Template, make_template
-from reasoner.errors import ConfigError, InputError, ModelError, RunFolderError
+from reasoner.errors import ConfigError, InputError, ModelError
 from reasoner.evaluation.weights import BASE, weights_of
 from reasoner.models.loading import load_model, load_tokenizer
 from reasoner.models.policy import Policy
@@ -33,7 +33,7 @@ from reasoner.models.stops import stop_ids
 from reasoner.rewards.base import load_rewards
 from reasoner.rollout.engine import Sampling
 from reasoner.rollout.hf import HfEngine
-from reasoner.run_folder import CONFIG
+from reasoner.run_folder import conf_of
 from reasoner.types import Completion, Message, Prompt
 from reasoner.words import plural
 
@@ -121,9 +121,7 @@ def _typed() -> Iterator[str]:
 def open_model(run: Path, checkpoint: str | None, overrides: Sequence[str]) -> Model:
     """The model of a run with the weights before training and those of `checkpoint` (none: what the run exported, or
     its best or newest checkpoint). Raises InputError."""
-    if not (run / CONFIG).is_file():
-        raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
-    config = validate(compose_conf(str(run / CONFIG), overrides).values)
+    config = validate(compose_conf(str(conf_of(run)), overrides).values)
     config = replace(
         config,
         rollout=replace(config.rollout, engine="hf", max_sequences=1),

@@ -18,12 +18,12 @@ from reasoner.errors import RewardError, RunFolderError
 from reasoner.grpo.advantages import EPSILON, has_signal, judge
 from reasoner.grpo.kl import PENALTY
 from reasoner.rewards.base import Rewards, load_rewards
+from reasoner.rewards.trial import tail
 from reasoner.run_folder import COMPLETIONS, read_rows
 from reasoner.types import Completion, Group, Prompt, Score
 from reasoner.words import plural
 
 SHOWN = 5  # completions whose advantage moved most
-SHOWN_CHARS = 60
 
 Row = Mapping[str, Any]
 
@@ -214,7 +214,7 @@ def lines(run: Path, config: Config, found: Rescored) -> list[str]:
     told.append("advantages that moved most:")
     for _, _, row, score, advantage in sorted(found.moved, key=lambda one: one[:2], reverse=True):
         told.append(
-            f"  step {row['step']}, row {row['id']}, answer {row['answer']!r}: {_tail(row['completion'])}: reward "
+            f"  step {row['step']}, row {row['id']}, answer {row['answer']!r}: {tail(row['completion'])}: reward "
             f"{_number(row['reward'])} -> {_number(None if score.failed else score.total)}, advantage "
             f"{row['advantage']:+.2f} -> {advantage:+.2f}"
         )
@@ -228,7 +228,3 @@ def _line(name: str, weight: str, sums: Sums) -> str:
 
 def _number(value: float | None) -> str:
     return "failed" if value is None else f"{value:g}"
-
-
-def _tail(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARS else "..." + text[-SHOWN_CHARS:])

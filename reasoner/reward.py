@@ -4,23 +4,22 @@ or on what a run said."""
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 from reasoner.assembly import assemble, gold_completions
 from reasoner.compose import compose_conf
 from reasoner.config import Config, validate
 from reasoner.console import Console, sample_lines
 from reasoner.data.task import load_task
-from reasoner.errors import RewardError, RunFolderError
+from reasoner.errors import RewardError
 from reasoner.evaluate import accuracy_part
 from reasoner.grpo.advantages import has_signal
+from reasoner.grpo.trainer import sampling_of
 from reasoner.models.loading import load_tokenizer
 from reasoner.rescoring import lines, rescore
 from reasoner.rewards.base import Rewards, load_rewards
-from reasoner.rewards.trial import breaks, notes, shown, table, try_out
-from reasoner.rollout.engine import Sampling
+from reasoner.rewards.trial import breaks, mean_cell, notes, shown, table, try_out
 from reasoner.rollout.single_turn import rollout
-from reasoner.run_folder import CONFIG
+from reasoner.run_folder import conf_of
 from reasoner.types import Completion, Group, Prompt
 from reasoner.words import plural
 
@@ -66,13 +65,7 @@ def try_on_samples(config: Config, *, base_dir: Path) -> None:
         parts = assemble(config, base_dir=base_dir, functions={}, rows=None, console=console)
         try:
             prompts = parts.task.first_prompts(SAMPLED)
-            sampling = Sampling(
-                config.rollout.temperature,
-                config.grpo.max_completion_tokens,
-                config.grpo.completions_per_prompt,
-                parts.stop_ids,
-                config.seed,
-            )
+            sampling = sampling_of(config, parts.stop_ids)
             console.status(f"{config.model.name} answers {plural(len(prompts), 'prompt')}")
             said = rollout(
                 prompts, lambda ps, heard: parts.engine.generate(ps, sampling, policy_step=0, finished=heard)
@@ -108,9 +101,9 @@ def earnings(groups: Sequence[Group], config: Config) -> list[str]:
     for name, part in config.reward.parts.items():
         values = [score.parts[name] for _, score in pairs if name in score.parts]
         failed = sum(name in score.failures for _, score in pairs)
-        told.append(f"{name:20} {part.weight:7g} {_mean(values)} {failed:7,}")
+        told.append(f"{name:20} {part.weight:7g} {mean_cell(values)} {failed:7,}")
     valid = [score.total for _, score in pairs if not score.failed]
-    told.append(f"{'total':20} {'':7} {_mean(valid)} {len(pairs) - len(valid):7,}")
+    told.append(f"{'total':20} {'':7} {mean_cell(valid)} {len(pairs) - len(valid):7,}")
     cut = sum(completion.finish_reason == "length" for completion, _ in pairs)
     told.append(f"completions cut at grpo.max_completion_tokens: {cut:,} of {len(pairs):,}")
     signal = sum(map(has_signal, groups))
@@ -118,17 +111,11 @@ def earnings(groups: Sequence[Group], config: Config) -> list[str]:
     return told
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{fmean(values):8.3f}" if values else f"{'-':>8}"
-
-
 def rescore_run(run: Path, overrides: Sequence[str], *, say: Say) -> None:
     """Say what a run's completions would have earned under the overrides, and how their advantages would have changed.
     Raises RunFolderError without a run or its completions, RewardError for rewards that can't be had.
     """
-    if not (run / CONFIG).is_file():
-        raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
-    config, folder = _as_asked(str(run / CONFIG), overrides)
+    config, folder = _as_asked(str(conf_of(run)), overrides)
     for line in lines(run, config, rescore(run, config, base_dir=folder)):
         say(line)
 

@@ -167,11 +167,17 @@ def newest_run(folder: Path) -> Path | None:
     return max(runs, key=lambda run: ((run / CONFIG).stat().st_mtime_ns, run.name), default=None)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of a run. Raises RunFolderError where there is no run, or its config.yaml is damaged."""
+def conf_of(folder: Path) -> Path:
+    """The file with a run's settings. Raises RunFolderError where there is no run."""
     path = folder / CONFIG
     if not path.is_file():
         raise RunFolderError(f"run={folder}: there is no run (no {CONFIG}): name a run's folder")
+    return path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run. Raises RunFolderError where there is no run, or its config.yaml is damaged."""
+    path = conf_of(folder)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:

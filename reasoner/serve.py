@@ -16,7 +16,7 @@ from reasoner.errors import ConfigError, RunFolderError
 from reasoner.export.request import REPORT
 from reasoner.models.sources import locate
 from reasoner.rollout.choice import absent
-from reasoner.run_folder import CONFIG
+from reasoner.run_folder import conf_of
 
 USAGE = "serve run=DIR [port=8000] [host=127.0.0.1] [name=NAME] [--OPTION of vllm serve ...]"
 OWN = ("run", "port", "host", "name")
@@ -42,11 +42,10 @@ def serve(arguments: Sequence[str]) -> None:
     if "run" not in own:
         raise ConfigError(f"run= is missing: {USAGE}")
     run, port = Path(own["run"]).expanduser(), own.get("port", "8000")
-    if not (run / CONFIG).is_file():
-        raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
+    conf = conf_of(run)
     if not port.isdecimal() or not 0 < int(port) < 65_536:
         raise ConfigError(f"port={port}: give a number from 1 to 65535")
-    config = validate(compose_conf(str(run / CONFIG)).values)
+    config = validate(compose_conf(str(conf)).values)
     typed = [argument for argument in arguments if argument.startswith("--")]
     name = own.get("name", config.name)
     command = [*command_for(run, config, name), "--host", own.get("host", "127.0.0.1"), "--port", port, *typed]

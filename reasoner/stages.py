@@ -66,26 +66,8 @@ def make_updater(parts: Parts, stage: str, console: Console, folder: RunFolder) 
     )
 
 
-class StageWithoutState:
-    """A stage whose draws depend on order and cursor alone."""
-
-    def state(self) -> dict[str, Any]:
-        """See TrainingStage."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See TrainingStage."""
-
-    def saved(self) -> None:
-        """See TrainingStage."""
-
-    def ended(self) -> list[str]:
-        """See TrainingStage."""
-        return []
-
-
-class SftStage(StageWithoutState):
-    """Worked examples in seeded order."""
+class SftStage:
+    """Worked examples in seeded order. Its draws depend on order and cursor alone, so it has no state."""
 
     name = "sft"
     samples = False
@@ -105,6 +87,20 @@ class SftStage(StageWithoutState):
         """See TrainingStage."""
         mine = draw.take(self.rows_per_step)[world.rank() :: world.size()]
         return self.trainer.step([self.examples[i] for i in mine])
+
+    def state(self) -> dict[str, Any]:
+        """See TrainingStage."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See TrainingStage."""
+
+    def saved(self) -> None:
+        """See TrainingStage."""
+
+    def ended(self) -> list[str]:
+        """See TrainingStage."""
+        return []
 
 
 class GrpoStage:

@@ -18,14 +18,14 @@ from reasoner.assembly import Parts, assemble
 from reasoner.compose import packaged_confs
 from reasoner.config import Config
 from reasoner.console import Console
-from reasoner.errors import ConfigError, Interrupted, RunFolderError
+from reasoner.errors import ConfigError, Interrupted
 from reasoner.evaluate import AT, SetResult, paired_gain
 from reasoner.evaluation.groups import check_columns, groups_of
 from reasoner.evaluation.request import Request
 from reasoner.evaluation.sets import compose_sets, to_measure
 from reasoner.evaluation.weights import Weights, load_artefact, untrained, weights_of
 from reasoner.pipeline import plain
-from reasoner.run_folder import CONFIG, RunFolder
+from reasoner.run_folder import RunFolder, conf_of
 from reasoner.summary import summary
 from reasoner.words import plural
 
@@ -74,10 +74,7 @@ def measure(request: Request, *, functions: Mapping[str, Callable[..., Any]] | N
 def _conf(request: Request) -> tuple[str, list[str]]:
     """The conf to compose, and its overrides with the model that is asked for."""
     if request.runs:
-        conf = request.runs[0] / CONFIG
-        if not conf.is_file():
-            raise RunFolderError(f"run={request.runs[0]}: there is no run (no {CONFIG}): name a run's folder")
-        return str(conf), list(request.overrides)
+        return str(conf_of(request.runs[0])), list(request.overrides)
     assert request.conf is not None
     return request.conf, [*_model(request.model), *request.overrides]
 

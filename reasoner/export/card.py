@@ -18,7 +18,7 @@ from reasoner.export.proof import sentence
 from reasoner.export.request import ADAPTER, MERGED
 from reasoner.redact import Redactor
 from reasoner.results import Results
-from reasoner.run_folder import CONFIG, EVAL, EVAL_PROBLEMS, read_rows
+from reasoner.run_folder import EVAL, EVAL_PROBLEMS, read_config, read_rows
 
 SECTIONS = ("seed", "stages", "model", "data", "reward", "sft", "grpo")
 LIBRARIES = {ADAPTER: "peft", MERGED: "transformers"}
@@ -27,7 +27,7 @@ UNKNOWN = "Not known here. The base's licence is the base's; see where it came f
 
 def write(run: Path, told: Mapping[str, Any], repo: str) -> str:
     """The card of an artefact of `run`, whose export.json says `told`, as Markdown."""
-    config = _shown(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    config = _shown(read_config(run))
     base = _base(config["model"])
     licence = licence_of(base)
     source = _source(config)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reasoner.errors import MissingExtra, ModelError
-from reasoner.rollout.engine import Capabilities, Decode, Finished, Sampling, check_prompts, unheard
+from reasoner.rollout.engine import Capabilities, Decode, Finished, Sampling, check_prompts, completed, unheard
 from reasoner.types import Completion, Prompt
 
 PACKAGE = "llama_cpp"
@@ -106,9 +106,11 @@ class LlamaEngine:
         found: list[list[Completion]] = []
         for start in range(0, len(prompts), SEQUENCES):
             some = prompts[start : start + SEQUENCES]
-            for i, one in enumerate(self._greedy(some, sampling), start):
-                found.append([self._completion(*one, sampling, policy_step)])
-                finished(i, 0, found[i][0])
+            for i, (ids, logprobs) in enumerate(self._greedy(some, sampling), start):
+                stopped = ids[-1] in sampling.stop_ids
+                one = completed(ids, logprobs, stopped=stopped, decode=self.decode, policy_step=policy_step)
+                found.append([one])
+                finished(i, 0, one)
         return found
 
     def score(self, token_ids: Sequence[int]) -> Tensor:
@@ -182,18 +184,6 @@ class LlamaEngine:
     def _forget(self) -> None:
         llama = self._library.llama
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-
-    def _completion(self, ids: list[int], logprobs: list[float], sampling: Sampling, policy_step: int) -> Completion:
-        stopped = ids[-1] in sampling.stop_ids
-        return Completion(
-            token_ids=tuple(ids),
-            sampled=(True,) * len(ids),
-            sampling_logprobs=tuple(logprobs),
-            text=self.decode(ids[:-1] if stopped else ids),
-            finish_reason="stop" if stopped else "length",
-            policy_step_min=policy_step,
-            policy_step_max=policy_step,
-        )
 
     def load_adapter(self, state: Mapping[str, Tensor], policy_step: int) -> None:
         """Not there: a file's weights stay as they are."""

@@ -9,7 +9,7 @@ from reasoner.config import nearest
 from reasoner.errors import ConfigError, RunFolderError
 from reasoner.export import llama
 from reasoner.export.gguf_file import F16, Q4_K_M, Q8_0
-from reasoner.run_folder import CONFIG, SUMMARY
+from reasoner.run_folder import SUMMARY, conf_of
 
 USAGE = (
     "export run=DIR to=adapter|merged|gguf|ollama|hub [quant=q4_k_m|q8_0|f16] [repo=NAME] [checkpoint=NAME] [out=DIR]"
@@ -71,8 +71,7 @@ def read_request(arguments: Sequence[str]) -> Request:
     if not own.get("problems", "1").isdigit() or own.get("problems") == "0":
         raise ConfigError(f"problems={own['problems']}: give how many held-out problems to answer, 1 or more")
     run = Path(own["run"]).expanduser()
-    if not (run / CONFIG).is_file():
-        raise RunFolderError(f"run={run}: there is no run (no {CONFIG}): name a run's folder")
+    conf_of(run)
     to = _what(own, run)
     for key, artefacts in OF.items():
         if key in own and to not in artefacts:

@@ -35,6 +35,17 @@ def no_more(count: int) -> Sequence[Prompt]:
     return ()
 
 
+def sampling_of(config: Config, stop_ids: tuple[int, ...]) -> Sampling:
+    """How practice samples."""
+    return Sampling(
+        config.rollout.temperature,
+        config.grpo.max_completion_tokens,
+        config.grpo.completions_per_prompt,
+        stop_ids,
+        config.seed,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What a step sampled on this rank, and its numbers over all ranks, named as in `metrics.NAMES`."""
@@ -69,13 +80,7 @@ class GRPOTrainer:
         self.accuracy_part = accuracy_part
         self.loss: Loss = loss or build(config.grpo.loss)
         self.mismatch = Mismatch(config.grpo.mismatch, config.grpo.mismatch_level, config.grpo.mismatch_cap)
-        self.sampling = Sampling(
-            config.rollout.temperature,
-            config.grpo.max_completion_tokens,
-            config.grpo.completions_per_prompt,
-            stop_ids,
-            config.seed,
-        )
+        self.sampling = sampling_of(config, stop_ids)
         self.kl_in_loss = config.grpo.kl_in == "loss" and config.grpo.kl_coef > 0
         self.kl_in_reward = config.grpo.kl_in == "reward" and config.grpo.kl_coef > 0
 

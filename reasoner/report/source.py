@@ -11,7 +11,7 @@ import yaml
 from reasoner.errors import RunFolderError
 from reasoner.evaluate import ProblemResult
 from reasoner.results import Results
-from reasoner.run_folder import COMPLETIONS, CONFIG, EVAL, EVAL_PROBLEMS, METRICS, SUMMARY, read_rows
+from reasoner.run_folder import COMPLETIONS, EVAL, EVAL_PROBLEMS, METRICS, SUMMARY, conf_of, read_rows
 
 Row = dict[str, Any]
 
@@ -47,12 +47,11 @@ class Source:
 
 def read_source(folder: Path) -> Source:
     """The run in `folder`. Raises RunFolderError where there is none, or a file of it is damaged."""
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"run={folder}: there is no run (no {CONFIG}): name a run's folder")
+    conf = conf_of(folder)
     problems = _rows(folder / EVAL_PROBLEMS, PROBLEM_KEYS)
     return Source(
         folder=folder,
-        config=_config(folder / CONFIG),
+        config=_config(conf),
         summary=_json(folder / SUMMARY, {}),
         metrics=_rows(folder / METRICS, METRICS_KEYS),
         results=Results.from_files(_checked(folder / EVAL, _json(folder / EVAL, []), EVAL_KEYS), problems),

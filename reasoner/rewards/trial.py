@@ -88,7 +88,7 @@ def breaks(tried: Sequence[Tried], accuracy: str | None) -> list[str]:
     full = {id(case.prompt): case.score.total for case in tried if case.kind == "gold"}
     lines = []
     for case in tried:
-        said = f"row {case.prompt.id}, {case.kind} {_short(case.text)} for the answer {_short(case.prompt.answer)}"
+        said = f"row {case.prompt.id}, {case.kind} {tail(case.text)} for the answer {tail(case.prompt.answer)}"
         got = case.score.parts.get(accuracy) if accuracy else None
         if case.score.failed:
             lines += [f"{said}: '{part}' failed: {reason}" for part, reason in case.score.failures.items()]
@@ -113,11 +113,12 @@ def notes(tried: Sequence[Tried]) -> list[str]:
         return []
     return [
         f"note: {len(alike)} of {len(shuffled)} shuffled completions earn as much as their gold, first "
-        f"{_short(alike[0].text)}: the reward looks at single words, which a model can learn to scatter"
+        f"{tail(alike[0].text)}: the reward looks at single words, which a model can learn to scatter"
     ]
 
 
-def _short(text: str) -> str:
+def tail(text: str) -> str:
+    """The text's end, quoted."""
     return repr(text if len(text) <= SHOWN_CHARS else "..." + text[-SHOWN_CHARS:])
 
 
@@ -126,21 +127,22 @@ def table(tried: Sequence[Tried], rewards: Rewards) -> list[str]:
     head = f"{'part':20} {'weight':>7} " + " ".join(f"{kind:>8}" for kind in KINDS)
     lines = [f"{head} {'failed':>7} {'ms':>7} {'most ms':>8}"]
     for part in rewards.parts:
-        means = [_mean([case.score.parts.get(part.name) for case in tried if case.kind == kind]) for kind in KINDS]
+        means = [mean_cell([case.score.parts.get(part.name) for case in tried if case.kind == kind]) for kind in KINDS]
         failed = sum(part.name in case.score.failures for case in tried)
         ms = [case.ms[part.name] for case in tried] or [0.0]
         lines.append(
             f"{part.name:20} {part.weight:7g} {' '.join(means)} {failed:7} {statistics.median(ms):7.1f} {max(ms):8.1f}"
         )
     totals = [
-        _mean([case.score.total for case in tried if case.kind == kind and not case.score.failed]) for kind in KINDS
+        mean_cell([case.score.total for case in tried if case.kind == kind and not case.score.failed]) for kind in KINDS
     ]
     lines.append(f"{'total':20} {'':7} {' '.join(totals)} {sum(case.score.failed for case in tried):7}")
     counts = [f"{sum(case.kind == kind for case in tried):8}" for kind in KINDS]
     return [*lines, f"{'completions':20} {'':7} {' '.join(counts)}"]
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def mean_cell(values: Sequence[float | None]) -> str:
+    """The mean of those that are there, as a table's cell."""
     there = [value for value in values if value is not None]
     return f"{statistics.fmean(there):8.3f}" if there else f"{'-':>8}"
 

@@ -93,6 +93,22 @@ class Engine(Protocol):
         ...
 
 
+def completed(
+    ids: Sequence[int], logprobs: Sequence[float], *, stopped: bool, decode: Decode, policy_step: int
+) -> Completion:
+    """The completion of these sampled ids and their logprobs; `stopped`: the last one is a stop id, else the limit cut
+    it."""
+    return Completion(
+        token_ids=tuple(ids),
+        sampled=(True,) * len(ids),
+        sampling_logprobs=tuple(logprobs),
+        text=decode(ids[:-1] if stopped else ids),
+        finish_reason="stop" if stopped else "length",
+        policy_step_min=policy_step,
+        policy_step_max=policy_step,
+    )
+
+
 @contextmanager
 def asleep(engine: Engine) -> Iterator[None]:
     """The engine's memory is the trainer's inside this block; afterwards it is awake.

@@ -25,7 +25,16 @@ from transformers import DynamicCache
 
 from reasoner.errors import GuardTripped, ModelError
 from reasoner.models.policy import Policy
-from reasoner.rollout.engine import Capabilities, Decode, Finished, Sampling, check_prompts, prompt_seeds, unheard
+from reasoner.rollout.engine import (
+    Capabilities,
+    Decode,
+    Finished,
+    Sampling,
+    check_prompts,
+    completed,
+    prompt_seeds,
+    unheard,
+)
 from reasoner.types import Completion, Prompt
 
 # Rows that ended leave when they are this share of those held: each time costs one copy of the cache.
@@ -71,7 +80,14 @@ class HfEngine:
                         )
                     lengths = completion_lengths(ids, sampling.stop_ids)
                     for k, its_ids, its_logprobs, n in zip(left, ids.tolist(), logprobs.tolist(), lengths, strict=True):
-                        one = self._completion(its_ids[:n], its_logprobs[:n], sampling, policy_step)
+                        stopped = its_ids[n - 1] in sampling.stop_ids
+                        one = completed(
+                            its_ids[:n],
+                            its_logprobs[:n],
+                            stopped=stopped,
+                            decode=self.decode,
+                            policy_step=policy_step,
+                        )
                         done[rows[k]] = one
                         finished(rows[k] // num, rows[k] % num, one)
         return [[done[i * num + k] for k in range(num)] for i in range(len(prompts))]
@@ -180,18 +196,6 @@ class HfEngine:
         if (cap := self.policy.family.soft_cap) is not None:
             logits = logits.div_(cap).tanh_().mul_(cap)
         return logits
-
-    def _completion(self, ids: list[int], logprobs: list[float], sampling: Sampling, policy_step: int) -> Completion:
-        stopped = ids[-1] in sampling.stop_ids
-        return Completion(
-            token_ids=tuple(ids),
-            sampled=(True,) * len(ids),
-            sampling_logprobs=tuple(logprobs),
-            text=self.decode(ids[:-1] if stopped else ids),
-            finish_reason="stop" if stopped else "length",
-            policy_step_min=policy_step,
-            policy_step_max=policy_step,
-        )
 
 
 def pick(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

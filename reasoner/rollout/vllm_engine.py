@@ -31,7 +31,16 @@ from reasoner.errors import GuardTripped, ModelError
 from reasoner.models.adapters import linear_rows
 from reasoner.models.policy import Policy
 from reasoner.rollout.canary import Canary, Reading
-from reasoner.rollout.engine import Capabilities, Decode, Finished, Sampling, check_prompts, prompt_seeds, unheard
+from reasoner.rollout.engine import (
+    Capabilities,
+    Decode,
+    Finished,
+    Sampling,
+    check_prompts,
+    completed,
+    prompt_seeds,
+    unheard,
+)
 from reasoner.rollout.platform import engine_environment
 from reasoner.rollout.vllm_adapter import EngineAdapter
 from reasoner.types import Completion, Prompt
@@ -222,15 +231,7 @@ class VllmEngine:
         if not all(logprob > float("-inf") for logprob in logprobs):
             raise _diverged(policy_step)
         stopped = output.finish_reason == "stop"
-        return Completion(
-            token_ids=ids,
-            sampled=(True,) * len(ids),
-            sampling_logprobs=logprobs,
-            text=self.decode(ids[:-1] if stopped else ids),
-            finish_reason=output.finish_reason,
-            policy_step_min=policy_step,
-            policy_step_max=policy_step,
-        )
+        return completed(ids, logprobs, stopped=stopped, decode=self.decode, policy_step=policy_step)
 
 
 def run_requests(
