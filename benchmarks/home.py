@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import (
     GIB,
@@ -37,7 +37,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.practice import practice
-from benchmarks.random_model import SHAPES, hf_config, random_policy
+from benchmarks.random_model import hf_config, random_policy
 from reasoner.assembly import Parts
 from reasoner.compose import compose_conf
 from reasoner.config import Config, validate
@@ -138,7 +138,7 @@ def make_policy(config: Config) -> Policy:
     if torch.cuda.is_available():
         nf4 = model.quantize == "nf4"
         return random_policy(model.name, nf4=nf4, lora=model.lora, recompute=model.gradient_checkpointing is True)
-    small = AutoConfig.for_model("qwen2", **{**SHAPES[model.name], **TRIAL})
+    small = hf_config(model.name, **TRIAL)
     base: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=PACKED)
     base.requires_grad_(False)
     return Policy(adapters.attach(base, model.lora, name=model.name, revision=None), family_of(small), revision=None)

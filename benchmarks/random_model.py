@@ -13,7 +13,9 @@ from reasoner.models.families import family_of
 from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 QWEN2: dict[str, Any] = {
+    "model_type": "qwen2",
     "vocab_size": 151936,
     "max_position_embeddings": 32768,
     "rope_theta": 1e6,
@@ -43,31 +45,51 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
+    "trial": {  # to see whether a benchmark runs, on any machine
+        **QWEN2,
+        "vocab_size": 515,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    },
 }
 STD = 0.02
 
 
-def hf_config(shape: str) -> PretrainedConfig:
-    """transformers' config of a shape."""
-    return AutoConfig.for_model("qwen2", **SHAPES[shape])
+def hf_config(shape: str, **other: Any) -> PretrainedConfig:
+    """transformers' config of a shape; `other` settings replace its own."""
+    settings = {**SHAPES[shape], **other}
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def num_projection_weights(settings: PretrainedConfig) -> int:
+    """Weights of the projections in all layers: what a token is multiplied by outside embedding and head."""
+    heads: int = settings.num_attention_heads
+    width: int = settings.hidden_size
+    head_dim = getattr(settings, "head_dim", None) or width // heads
+    attention = 2 * width * head_dim * (heads + settings.num_key_value_heads)
+    return settings.num_hidden_layers * (attention + 3 * width * settings.intermediate_size)
 
 
 def weights(settings: PretrainedConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name with a random value, drawn on the card one at a time."""
+    """Every parameter's name with a random value, drawn one at a time where it stays."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(settings)
-    draws = torch.Generator("cuda").manual_seed(seed)
+    draws = torch.Generator(DEVICE).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        drawn = torch.randn(parameter.shape, generator=draws, device="cuda", dtype=torch.bfloat16)
+        drawn = torch.randn(parameter.shape, generator=draws, device=DEVICE, dtype=torch.bfloat16)
         yield name, 1 + 0.1 * drawn if "norm" in name else drawn * (STD if parameter.dim() == 2 else 0.1)
 
 
 def random_policy(shape: str, *, nf4: bool, lora: config.Lora, recompute: bool = False) -> Policy:
     """A policy of this shape whose base is in buffers of ours, with a new adapter on it."""
     settings = hf_config(shape)
-    base, buffers = base_model.build(
-        settings, weights(settings), device=torch.device("cuda", 0), dtype=torch.bfloat16, quantize=nf4
-    )
+    base, buffers = base_model.build(settings, weights(settings), device=DEVICE, dtype=torch.bfloat16, quantize=nf4)
     if recompute:
         recompute_layers(base, shape)
     adapted = adapters.attach(base, lora, name=shape, revision=None)

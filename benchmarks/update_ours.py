@@ -1,0 +1,154 @@
+"""This project's rows of benchmarks/update.py: its SFT step as a run takes it, and the same with one thing changed.
+
+A thing that this version does not have yet is left out, so that the table grows with the project.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from benchmarks.random_model import DEVICE, random_policy
+from benchmarks.update_work import ALPHA, LR, RANK, TARGETS, Row, Work, stepped
+from reasoner import config
+from reasoner.compose import compose_conf
+from reasoner.config import validate
+from reasoner.models.adapted_linear import AdaptedLinear, join
+from reasoner.models.loading import recompute_layers
+from reasoner.models.policy import Policy
+from reasoner.sft import SFTTrainer
+from reasoner.types import Example, Prompt
+from reasoner.update import Updater
+
+OURS = "reasoner"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A name of a module that is True or False. The whole table has it True; one row has it False."""
+
+    without: str  # the row's name
+    module: str
+    name: str
+
+    @property
+    def there(self) -> bool:
+        """Whether this version has it."""
+        return find_spec(self.module) is not None and hasattr(import_module(self.module), self.name)
+
+    @contextmanager
+    def set(self, value: bool) -> Iterator[None]:
+        """Inside, it has this value."""
+        module = import_module(self.module)
+        before = getattr(module, self.name)
+        setattr(module, self.name, value)
+        try:
+            yield
+        finally:
+            setattr(module, self.name, before)
+
+
+SWITCHES = (Switch("loss head in torch", "reasoner.kernels.linear_logprobs", "PREFER_TRITON"),)
+
+
+def examples_of(work: Work) -> list[Example]:
+    """The work as worked examples."""
+    found = []
+    for i, (ids, prompt) in enumerate(zip(work.ids, work.prompts, strict=True)):
+        asked = Prompt(id=str(i), text="", answer="", columns={}, token_ids=tuple(ids[:prompt]))
+        found.append(Example(asked, tuple(ids[prompt:])))
+    return found
+
+
+class Ours:
+    """A policy, and ways to train it."""
+
+    def __init__(self, work: Work, logs: Path):
+        lora = config.Lora(r=RANK, alpha=ALPHA, targets=TARGETS)
+        self.policy = random_policy(work.shape, nf4=True, lora=lora, recompute=True)
+        self.work, self.logs, self.examples = work, logs, examples_of(work)
+
+    def rows(self) -> list[Row]:
+        """With everything on; first what a run with model.gradient_checkpointing=true does."""
+        return [self._row(OURS)]
+
+    def variants(self) -> list[Row]:
+        """The same with one thing changed."""
+        layers = [part for part in self.policy.model.modules() if isinstance(part, AdaptedLinear)]
+        found = [self._row(f"{OURS}, {one.without}", without=one) for one in SWITCHES if one.there]
+        found.append(self._row(f"{OURS}, nothing recomputed", prepare=lambda: set_recompute(self.policy, False)))
+        if layers and self.policy.weights is not None:
+            found.append(self._row(f"{OURS}, q/k/v and gate/up apart", prepare=lambda: part_siblings(layers)))
+        if DEVICE.type == "cuda":
+            found.append(self._row(f"{OURS}, float32 optimizer states", optim="adamw"))
+        return found
+
+    def _row(
+        self,
+        name: str,
+        *,
+        without: Switch | None = None,
+        prepare: Callable[[], None] = lambda: None,
+        optim: str = "adamw_8bit" if DEVICE.type == "cuda" else "adamw",
+    ) -> Row:
+        said: list[str] = []
+        row = Row(name, lambda warm_up, timed: [], {"optimizer": optim})
+
+        def run(warm_up: int, timed: int) -> list[float]:
+            set_recompute(self.policy, True)
+            if self.policy.weights is not None:
+                join(self.policy.model, self.policy.weights)
+            prepare()
+            self.policy.train_mode(dropout=False)
+            updater = make_updater(self.policy, optim, self.work, said.append, self.logs)
+            trainer = SFTTrainer(self.policy, updater)
+
+            def update() -> None:
+                row.facts["loss"] = trainer.step(self.examples)["loss"]
+
+            with ExitStack() as switches:
+                for switch in SWITCHES:
+                    if switch.there:
+                        switches.enter_context(switch.set(switch is not without))
+                seconds = stepped(update)(warm_up, timed)
+            row.facts |= {"micro_batch": f"{updater.tokens_per_micro_batch} tokens", "said": said}
+            return seconds
+
+        row.run = run
+        return row
+
+
+def make_updater(policy: Policy, optim: str, work: Work, say: Callable[[str], None], logs: Path) -> Updater:
+    """With the settings of conf=gsm8k_base's SFT on a card of 24 GB."""
+    typed = [f"optim@sft.optim={optim}", "card=24", f"sft.optim.lr={LR}"]
+    sft = validate(compose_conf("gsm8k_base", typed).values).sft
+    tokens = max(sft.tokens_per_micro_batch, work.tokens) if work.shape != "trial" else work.tokens
+    return Updater(
+        policy.trainable(),
+        sft.optim,
+        num_steps=1000,
+        tokens_per_micro_batch=tokens,
+        say=say,
+        save_bad_batches_to=logs,
+    )
+
+
+def set_recompute(policy: Policy, on: bool) -> None:
+    """Have layers recompute, or keep what they made."""
+    if on:
+        recompute_layers(policy.base, "the model")
+        return
+    for part in policy.model.modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            part.gradient_checkpointing = False
+
+
+def part_siblings(layers: list[Any]) -> None:
+    """Have each adapted layer computed alone; `join` undoes it."""
+    for layer in layers:
+        layer.siblings = None
