@@ -21,7 +21,7 @@ class Family:
 
     >>> family_of(Gemma2Config())
     Family(name='gemma2', packs=True, soft_cap=30.0, logit_scale=1.0, decode_attention='eager', known=True,
-           shares=True)
+           shares=True, fused=True)
     """
 
     name: str
@@ -31,6 +31,7 @@ class Family:
     decode_attention: str  # transformers' attention for `generate`, which needs a cache and a mask
     known: bool
     shares: bool  # an engine can hold views of its weights (base_model.py), which NF4 needs too
+    fused: bool  # its norms, rotary positions and MLPs can go to kernels (fused.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,11 @@ class Row:
     divides_key: str | None = None
     decode_attention: str = "sdpa"  # eager where transformers' sdpa lacks what the family needs
     shares: bool = False  # tried with vLLM: its parameters are those of transformers, q, k, v and gate, up side by side
+    fused: bool = False  # its modules are of the forms that fused.py knows
 
 
 PLAIN = Row()
-SHARED = Row(shares=True)
+SHARED = Row(shares=True, fused=True)
 ONE_A_PASS = Row(packs=False)  # linear attention carries its state across a packed row
 GRANITE = Row(divides_key="logits_scaling")
 COHERE = Row(multiplies_key="logit_scale")
@@ -59,8 +61,8 @@ FAMILIES: dict[str, Row] = {
     "phi3": SHARED,
     "olmo2": PLAIN,
     "smollm3": PLAIN,
-    "gemma2": Row(soft_cap_key="final_logit_softcapping", decode_attention="eager", shares=True),
-    "gemma3_text": Row(soft_cap_key="final_logit_softcapping", shares=True),
+    "gemma2": Row(soft_cap_key="final_logit_softcapping", decode_attention="eager", shares=True, fused=True),
+    "gemma3_text": Row(soft_cap_key="final_logit_softcapping", shares=True, fused=True),
     "cohere": COHERE,
     "cohere2": COHERE,
     "granite": GRANITE,
@@ -90,6 +92,7 @@ def family_of(config: PretrainedConfig) -> Family:
         decode_attention=known.decode_attention,
         known=row is not None,
         shares=known.shares,
+        fused=known.fused,
     )
 
 

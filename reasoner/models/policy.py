@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from reasoner.errors import ModelError
+from reasoner.kernels import elementwise
 from reasoner.kernels.linear_logprobs import Logprobs, linear_logprobs
 from reasoner.models import adapters
 from reasoner.models.adapted_linear import forget, join
@@ -91,9 +92,14 @@ class Policy:
     def notes(self) -> tuple[str, ...]:
         """What a person should be told of this model, one line each."""
         if self.family.packs:
-            return ()
+            return self._notes_on_kernels()
         why = "is not in the table of families" if not self.family.known else "carries a state across a packed row"
-        return (f"{self.family.name} {why}: its sequences run one a pass, which is slower",)
+        return (f"{self.family.name} {why}: its sequences run one a pass, which is slower", *self._notes_on_kernels())
+
+    def _notes_on_kernels(self) -> tuple[str, ...]:
+        if self.family.fused or self.device.type != "cuda" or not elementwise.PREFERRED:
+            return ()
+        return (f"{self.family.name} has no kernels between its matmuls: that part runs in plain torch",)
 
     @property
     def device(self) -> torch.device:

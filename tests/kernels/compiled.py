@@ -1,6 +1,6 @@
 """The loss head's kernels compiled on a CPU for every card of the table, with the arguments of real calls.
 
-test_linear_logprobs_triton.py runs this file in a process of its own: it tells Triton that a card is there, for good.
+test_without_a_card.py runs this file in a process of its own: it tells Triton that a card is there, for good.
 A call to the loss head goes as far as each launch, where the kernel is compiled, ptxas included, and not started.
 """
 

@@ -1,6 +1,6 @@
 """The loss head's Triton path in Triton's interpreter, on a CPU, against the naive formula in float64.
 
-test_linear_logprobs_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1: a kernel is interpreted
+test_without_a_card.py runs this file in a process of its own, with TRITON_INTERPRET=1: a kernel is interpreted
 or compiled for good when its module is imported. Tiles are small here, so that a few rows are many blocks. Left out:
 bfloat16, which the interpreter doesn't sum as a card does; float32 takes the same path, float16 that without a factor.
 """

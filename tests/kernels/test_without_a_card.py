@@ -1,4 +1,4 @@
-"""The loss head's Triton path without a card, interpreted and compiled for each card, in processes of their own."""
+"""The Triton kernels without a card, interpreted and compiled for each card, in processes of their own."""
 
 import os
 import re
@@ -12,7 +12,13 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 
 
 @pytest.mark.parametrize(
-    ("file", "settings", "least"), [("interpreted", {"TRITON_INTERPRET": "1"}, 30), ("compiled", {}, 20)]
+    ("file", "settings", "least"),
+    [
+        ("interpreted", {"TRITON_INTERPRET": "1"}, 30),
+        ("compiled", {}, 20),
+        ("interpreted_elementwise", {"TRITON_INTERPRET": "1"}, 70),
+        ("compiled_elementwise", {}, 7),
+    ],
 )
 def test_without_a_card(file: str, settings: dict[str, str], least: int, tmp_path: Path):
     path = Path(__file__).with_name(f"{file}.py")
