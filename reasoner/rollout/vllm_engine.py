@@ -10,6 +10,7 @@ images.
 """
 
 import io
+import itertools
 import json
 import os
 import platform
@@ -43,6 +44,7 @@ from reasoner.rollout.engine import (
 )
 from reasoner.rollout.platform import engine_environment
 from reasoner.rollout.vllm_adapter import EngineAdapter
+from reasoner.rollout.vllm_bursts import Sampled, run_requests
 from reasoner.types import Completion, Prompt
 
 PROBE_TOKENS = 128
@@ -86,6 +88,7 @@ class VllmEngine:
         _write_config(policy, self._folder)
         self.llm: Any = None
         self._awake, self._cached = True, False
+        self._numbers = itertools.count()  # of requests
         self._probe: tuple[int, ...] = ()  # tokens for the canary; of the first call to generate
         self._canary: Canary | None = None
         self.reading: Reading | None = None  # what the canary last found
@@ -114,25 +117,26 @@ class VllmEngine:
         if not prompts:
             return []
         self._forget()
-        # The likeliest completion is one; vLLM refuses to make copies of it.
-        num = sampling.num_completions if sampling.temperature > 0 else 1
+        num = sampling.num_completions if sampling.temperature > 0 else 1  # the likeliest completion is one
         self._cached = True
-        # Two bits less, because vLLM adds the number of the completion.
-        seeds = [seed >> 2 for seed in prompt_seeds(prompts, sampling, policy_step)]
-        done = dict[int, list[Completion]]()
+        places: dict[str, tuple[int, int]] = {}
+        requests = []
+        for i, seed in enumerate(prompt_seeds(prompts, sampling, policy_step)):
+            for k in range(num):
+                parameters = _parameters(sampling, (seed >> 2) + k)  # two bits less, so that the sum is one of 64 too
+                requests.append(self._request(prompts[i].token_ids, parameters, salt=str(policy_step)))
+                places[requests[-1].request_id] = i, k
+        done: list[list[Completion | None]] = [[None] * sampling.num_completions for _ in prompts]
 
-        def group_finished(i: int, output: Any) -> None:
-            several = [self._completion(one, policy_step) for one in output.outputs]
-            done[i] = several * (sampling.num_completions // num)
-            for k, completion in enumerate(done[i]):
+        def end(name: str, sampled: Sampled) -> None:
+            i, first = places[name]
+            completion = self._completion(sampled, policy_step)
+            for k in range(first, sampling.num_completions, num):  # the likeliest is given as often as asked
+                done[i][k] = completion
                 finished(i, k, completion)
 
-        self._run(
-            [{"prompt_token_ids": list(p.token_ids), "cache_salt": str(policy_step)} for p in prompts],
-            [_parameters(sampling, num, seed) for seed in seeds],
-            group_finished,
-        )
-        found = [done[i] for i in range(len(prompts))]
+        self._run(requests, sampling.stop_ids, end)
+        found = [[completion for completion in several if completion] for several in done]
         if not self._looked:
             self._look(prompts, found, policy_step)
             self._looked = True
@@ -150,9 +154,11 @@ class VllmEngine:
             self._probe = max(rows, key=lambda row: min(size, len(row[1])) - row[0])[1][:size]
             self._canary = Canary(self._trainer_scores(policy_step))
         assert self._canary is not None
-        outputs: list[Any] = []
-        self._run([{"prompt_token_ids": list(self._probe)}], [_scoring()], lambda _, output: outputs.append(output))
-        self.reading = self._canary.look(self._trainer_scores(policy_step), _scored(outputs[0], self._probe))
+        given: list[Sampled] = []
+        self._run([self._request(self._probe, _scoring())], (), lambda _, sampled: given.append(sampled))
+        scores = given[0].prompt_logprobs
+        assert scores is not None
+        self.reading = self._canary.look(self._trainer_scores(policy_step), scores)
 
     def _trainer_scores(self, policy_step: int) -> Tensor:
         try:
@@ -213,37 +219,39 @@ class VllmEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
         torch.cuda.empty_cache()
 
-    def _run(self, prompts: list[dict[str, Any]], parameters: list[Any], finished: Callable[[int, Any], None]) -> None:
-        """Sample; `finished` is called with the number of a prompt and its output as soon as it is whole."""
+    def _request(self, token_ids: Sequence[int], parameters: Any, *, salt: str | None = None) -> Any:
+        """What vLLM's core takes; its LLM.generate makes the same, with much checking around it."""
+        from vllm.v1.engine import EngineCoreRequest
+
+        return EngineCoreRequest(
+            request_id=str(next(self._numbers)),
+            prompt_token_ids=list(token_ids),
+            mm_features=None,
+            sampling_params=parameters,
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=salt,
+            data_parallel_rank=None,
+        )
+
+    def _run(self, requests: Sequence[Any], stop_ids: Sequence[int], finished: Callable[[str, Sampled], None]) -> None:
+        """Sample; `finished` is called with the name of a request and what it gave, as soon as it is whole."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # others spin between vLLM's many small steps and slow it by a quarter
         try:
-            run_requests(self.llm, prompts, parameters, finished)
+            run_requests(self.llm.llm_engine.engine_core.engine_core, requests, stop_ids, finished)
         except torch.OutOfMemoryError as error:
             raise _too_little_to_sample() from error
         finally:
             torch.set_num_threads(threads)
 
-    def _completion(self, output: Any, policy_step: int) -> Completion:
-        ids, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
-        # One entry a token was asked for; more would mean that the sampled one has to be looked for.
-        assert list(output.logprobs.token_ids) == list(ids) and output.finish_reason in ("stop", "length"), output
-        if not all(logprob > float("-inf") for logprob in logprobs):
+    def _completion(self, sampled: Sampled, policy_step: int) -> Completion:
+        if not all(logprob > float("-inf") for logprob in sampled.logprobs):
             raise _diverged(policy_step)
-        stopped = output.finish_reason == "stop"
-        return completed(ids, logprobs, stopped=stopped, decode=self.decode, policy_step=policy_step)
-
-
-def run_requests(
-    llm: Any, prompts: list[dict[str, Any]], parameters: list[Any], finished: Callable[[int, Any], None]
-) -> None:
-    """What `LLM.generate` does, which gives nothing before the last prompt is through."""
-    ids = llm.enqueue(prompts, parameters, use_tqdm=False)
-    first = int(ids[0].partition("-")[0])  # they count up; behind the number vLLM hangs random letters
-    while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
-            if output.finished:
-                finished(int(output.request_id) - first, output)
+        return completed(
+            sampled.token_ids, sampled.logprobs, stopped=sampled.stopped, decode=self.decode, policy_step=policy_step
+        )
 
 
 def _give_back() -> None:
@@ -256,6 +264,7 @@ def _give_back() -> None:
 
     cleanup_dist_env_and_memory()  # collects garbage too: the parts of an engine hold one another
     type(current_platform)._global_graph_pool = None
+    torch._C._cuda_clearCublasWorkspaces()  # 32 MiB for each stream that graphs were captured on
     allocator = CuMemAllocator.get_instance()
     for pool, of_pool in allocator.allocator_and_pools.values():
         for block in pool.snapshot():
@@ -288,17 +297,14 @@ def capture_sizes(max_sequences: int) -> list[int]:
     return [*small, *range(32, max_sequences, 32), max_sequences]
 
 
-def _parameters(sampling: Sampling, num: int, seed: int) -> Any:
+def _parameters(sampling: Sampling, seed: int) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
-        n=num,
         temperature=sampling.temperature,
         max_tokens=sampling.max_tokens,
-        stop_token_ids=list(sampling.stop_ids),
-        ignore_eos=True,  # ours alone stop
+        ignore_eos=True,  # vllm_bursts.py stops at ours
         logprobs=0,  # of the sampled token, and of no other
-        flat_logprobs=True,
         detokenize=False,
         seed=seed,  # also for the likeliest, which draws nothing: without one vLLM draws one from numpy's state
     )
@@ -308,13 +314,7 @@ def _scoring() -> Any:
     """Asks for the logprobs of a prompt's own tokens; the one token sampled after it is not wanted."""
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, seed=0)
-
-
-def _scored(output: Any, token_ids: Sequence[int]) -> Tensor:
-    """log p(token | those before it) of every token but the first, at temperature 1: the twin of `Policy.score`."""
-    pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-    return torch.tensor([found[token].logprob for token, found in pairs])
+    return SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, detokenize=False, seed=0)
 
 
 def _start(
@@ -350,6 +350,7 @@ def _start(
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
                 disable_log_stats=True,
+                async_scheduling=False,  # vllm_bursts.py asks the scheduler once for many tokens instead
                 # Without inductor: seconds to start instead of minutes, and faster here too.
                 compilation_config={
                     "mode": 0,

@@ -1,0 +1,180 @@
+"""Runs vLLM's requests to their ends: its scheduler, cache and model runner, several tokens a turn of the scheduler.
+
+vLLM's own loop asks its scheduler before every token and hands every token through several objects: for 256 sequences
+that is 5 to 10 ms of Python a token, two or three times what the card needs at these sizes. Here the scheduler is asked
+once for a burst, with slots in the cache for all of its tokens. Within it the model runner draws token after token, at
+most two of them under way at a time (its staging buffers are two deep); positions, block tables and sampled ids lie on
+the card already, and a draw depends on seed and position alone, so the length of a burst changes no token. What a
+sequence drew behind its end is dropped. Left out: grammars, speculation, streaming, aborting.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy
+import torch
+
+BURST, BURST_WHILE_OTHERS_WAIT = 32, 8  # tokens a turn, at most; fewer where slots ahead are wanted by others
+# A burst ends early once this share of its sequences is through: if others wait for their places; if none do.
+ENDED_WHILE_OTHERS_WAIT, ENDED = 1 / 8, 1 / 2
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a request gave: ids, logprobs of the distribution they were drawn from, and what it ended by."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False  # by a stop id, which is the last; else by its limit
+    prompt_logprobs: torch.Tensor | None = None  # [prompt tokens - 1], where they were asked for
+
+
+def run_requests(
+    core: Any, requests: Sequence[Any], stop_ids: Sequence[int], finished: Callable[[str, Sampled], None]
+) -> None:
+    """Sample all `requests` (EngineCoreRequest) on vLLM's in-process `core` (EngineCore).
+
+    `finished` is called with a request's id and what it gave, as soon as its burst is over.
+    """
+    for request in requests:
+        core.add_request(*core.preprocess_add_request(request))
+    bursts = Bursts(core.scheduler, core.model_executor.driver_worker.worker, stop_ids)
+    while core.scheduler.has_requests():
+        for name, sampled in bursts.turn():
+            finished(name, sampled)
+
+
+@dataclass(slots=True)
+class Drawn:
+    """One token of every sequence of a burst, a sequence a column of `tokens`."""
+
+    tokens: Any  # int64 [S]
+    logprobs: Any  # float32 [S]
+
+
+class Bursts:
+    """A scheduler and a worker of vLLM, and what their unfinished requests gave so far."""
+
+    def __init__(self, scheduler: Any, worker: Any, stop_ids: Sequence[int]):
+        self.scheduler, self.worker = scheduler, worker
+        self.stop_ids = numpy.array(stop_ids, dtype=numpy.int64)
+        self.sampled: dict[str, Sampled] = {}
+
+    def turn(self) -> list[tuple[str, Sampled]]:
+        """Ask the scheduler once, and sample what it says. -> the requests that ended, with what they gave."""
+        # Slots for the tokens behind the first one, which is all the scheduler knows of.
+        most = BURST_WHILE_OTHERS_WAIT if self._others_wait else BURST
+        self.scheduler.num_lookahead_tokens = most - 1
+        plan = self.scheduler.schedule()
+        first = self._start(plan)
+        if not plan.num_scheduled_tokens:
+            return []  # it only told the runner which requests are gone
+        length = self.length_of(plan, most)
+        if length == 1:
+            self._wait(first)
+            return self._take(first.model_runner_output.req_ids, [self._drawn(first, None)], first)
+        names, drawn = self._burst(plan, first, length)
+        return self._take(names, drawn, first)
+
+    def length_of(self, plan: Any, most: int) -> int:
+        """Tokens of the burst that begins with this plan, `most` at most: 1 while prompts are still being read."""
+        running = [self.scheduler.requests[name] for name in plan.num_scheduled_tokens]
+        filling = self._others_wait and len(self.scheduler.running) < self.scheduler.max_num_running_reqs
+        if any(request.is_prefill_chunk for request in running) or (filling and plan.scheduled_new_reqs):
+            return 1
+        context = min(self.scheduler.max_model_len - request.num_tokens for request in running)
+        wanted = max(request.max_tokens - request.num_output_tokens for request in running)
+        return max(1, min(most, context, wanted))
+
+    @property
+    def _others_wait(self) -> bool:
+        return bool(len(self.scheduler.waiting) or len(self.scheduler.skipped_waiting))
+
+    def _burst(self, plan: Any, first: Any, length: int) -> tuple[list[str], list[Drawn]]:
+        """The tokens of a burst whose first one is under way: names of its sequences, and `Drawn` in turn."""
+        names = list(plan.num_scheduled_tokens)
+        limits = numpy.array([r.max_tokens - r.num_output_tokens for r in map(self.scheduler.requests.get, names)])
+        enough = len(names) * (ENDED_WHILE_OTHERS_WAIT if self._others_wait else ENDED)
+        stopped = numpy.zeros(len(names), dtype=bool)
+        drawn: list[Drawn] = []
+        under_way = [first]
+        for number in range(1, length):
+            under_way.append(self._start(self._next(plan, names, number)))
+            drawn.append(self._drawn(under_way.pop(0), names))
+            stopped |= numpy.isin(drawn[-1].tokens, self.stop_ids)
+            if (stopped | (limits <= number)).sum() >= enough:
+                break
+        drawn.append(self._drawn(under_way.pop(), names))
+        return names, drawn
+
+    def _next(self, first: Any, names: list[str], number: int) -> Any:
+        """The plan of a burst's token `number`, for the sequences of its `first` plan, which is number 0."""
+        # The scheduler has counted the burst's first step; each later one computes the token drawn before it.
+        computed = [self.scheduler.requests[name].num_computed_tokens + number - 1 for name in names]
+        plan = type(first).make_empty()
+        plan.scheduled_cached_reqs = replace(
+            plan.scheduled_cached_reqs,
+            req_ids=names,
+            new_block_ids=[None] * len(names),
+            num_computed_tokens=computed,
+        )
+        plan.num_scheduled_tokens = dict.fromkeys(names, 1)
+        plan.total_num_scheduled_tokens = len(names)
+        return plan
+
+    def _start(self, plan: Any) -> Any:
+        """Have a step done on the card; its results are copied to the host when it is through."""
+        done = self.worker.execute_model(plan)
+        return self.worker.sample_tokens(None) if done is None else done
+
+    def _wait(self, step: Any) -> None:
+        step.copy_event.synchronize()
+
+    def _drawn(self, step: Any, names: list[str] | None) -> Drawn:
+        """A step's results, in the order of `names`, else in its own."""
+        self._wait(step)
+        tokens = step.sampled_token_ids[:, 0]
+        tensors = step.logprobs_tensors
+        logprobs = numpy.zeros(len(tokens), numpy.float32) if tensors is None else tensors.logprobs[:, 0].numpy()
+        own = step.model_runner_output.req_ids
+        if names is None or own == names:
+            return Drawn(tokens, logprobs)
+        places = {name: i for i, name in enumerate(own)}
+        order = numpy.array([places[name] for name in names])
+        return Drawn(tokens[order], logprobs[order])
+
+    def _take(self, names: Sequence[str], drawn: Sequence[Drawn], first: Any) -> list[tuple[str, Sampled]]:
+        """Add what a burst drew to its requests, tell the scheduler, and give those that ended."""
+        tokens = numpy.stack([one.tokens for one in drawn], axis=1)  # [S, length]
+        logprobs = numpy.stack([one.logprobs for one in drawn], axis=1)
+        stops = numpy.isin(tokens, self.stop_ids)
+        ends = numpy.where(stops.any(1), stops.argmax(1) + 1, len(drawn) + 1).tolist()
+        counted: Mapping[str, int] = dict(
+            zip(first.model_runner_output.req_ids, first.num_sampled_tokens_np.tolist(), strict=True)
+        )
+        ended: list[tuple[str, Sampled]] = []
+        for name, ids, scores, end in zip(names, tokens.tolist(), logprobs.tolist(), ends, strict=True):
+            sampled = self.sampled.setdefault(name, Sampled())
+            of_prompt = first.prompt_logprobs_dict.get(name)
+            if of_prompt is not None:
+                sampled.prompt_logprobs = of_prompt.logprobs[:, 0]
+            if not counted[name]:
+                continue  # a part of its prompt was read
+            request = self.scheduler.requests[name]
+            left = request.max_tokens - len(sampled.token_ids)
+            kept = min(end, left, len(drawn))
+            sampled.token_ids += ids[:kept]
+            sampled.logprobs += scores[:kept]
+            if end <= kept or left <= kept:
+                sampled.stopped = end <= kept
+                ended.append((name, self.sampled.pop(name)))
+            else:
+                request.append_output_token_ids(ids[:kept])
+                request.num_computed_tokens += len(drawn) - 1
+                request.take_prefill_stats()  # left there, they would be taken for those of a prompt read again
+        if ended:
+            names_ended = [name for name, _ in ended]
+            status = type(self.scheduler.requests[names_ended[0]].status).FINISHED_STOPPED
+            self.scheduler.finish_requests(names_ended, status)
+        return ended

@@ -1,0 +1,241 @@
+"""Bursts against a stand-in for vLLM's scheduler and worker, which are only there on a GPU machine.
+
+The stand-in draws every token as a function of its sequence and position, as vLLM's seeded sampler does, and asserts
+what the real worker relies on: computed tokens counted right, slots allocated, at most two steps under way.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from reasoner.rollout import vllm_bursts
+from reasoner.rollout.vllm_bursts import Sampled, run_requests
+
+CONTEXT, STOPS = 90, (3, 11)
+
+
+def token(name: str, position: int) -> int:
+    return (37 * int(name) + 101 * position + position * position) % 43
+
+
+def logprob(name: str, position: int) -> float:
+    return -float(position) - int(name) / 128  # exact in float32
+
+
+class Status(enum.Enum):
+    WAITING = 0
+    FINISHED_STOPPED = 1
+
+
+@dataclass
+class Request:
+    request_id: str
+    num_prompt: int
+    max_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    slots: int = 0
+    is_prefill_chunk: bool = False
+    status: Status = Status.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt + len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens)
+
+    def append_output_token_ids(self, ids: list[int]) -> None:
+        self.tokens += ids
+
+    def take_prefill_stats(self) -> None: ...
+
+
+@dataclass
+class Cached:
+    req_ids: list
+    new_block_ids: list
+    num_computed_tokens: list
+
+
+@dataclass
+class Plan:
+    scheduled_new_reqs: list
+    scheduled_cached_reqs: Cached
+    num_scheduled_tokens: dict
+    total_num_scheduled_tokens: int = 0
+
+    @classmethod
+    def make_empty(cls) -> "Plan":
+        return cls([], Cached([], [], []), {})
+
+
+class Scheduler:
+    max_model_len = CONTEXT
+
+    def __init__(self, places: int, budget: int):
+        self.max_num_running_reqs, self.budget = places, budget
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []
+        self.skipped_waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.gone: set[str] = set()
+        self.asked = 0
+
+    def has_requests(self) -> bool:
+        return bool(self.requests or self.gone)
+
+    def schedule(self) -> Plan:
+        self.asked += 1
+        left, plan = self.budget, Plan.make_empty()
+        new: list[Request] = []
+        while self.waiting and len(self.running) + len(new) < self.max_num_running_reqs:
+            new.append(self.waiting.pop(0))
+        for request in (*self.running, *new):
+            count = min(request.num_tokens - request.num_computed_tokens, left)
+            if count == 0:
+                if request in new:
+                    new.remove(request)
+                    self.waiting.append(request)
+                continue
+            left -= count
+            if request not in new:
+                plan.scheduled_cached_reqs.req_ids.append(request.request_id)
+                plan.scheduled_cached_reqs.num_computed_tokens.append(request.num_computed_tokens)
+            request.num_computed_tokens += count
+            request.slots = min(request.num_computed_tokens + self.num_lookahead_tokens, CONTEXT)
+            request.is_prefill_chunk = request.num_computed_tokens < request.num_tokens
+            plan.num_scheduled_tokens[request.request_id] = count
+        self.running += new
+        plan.scheduled_new_reqs = [request.request_id for request in new]
+        plan.total_num_scheduled_tokens = sum(plan.num_scheduled_tokens.values())
+        self.gone = set()
+        return plan
+
+    def finish_requests(self, names: list[str], status: Status) -> None:
+        for name in names:
+            request = self.requests.pop(name)
+            request.status = status
+            self.running.remove(request)
+            self.gone.add(name)
+
+
+class Worker:
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.computed: dict[str, int] = {}  # what lies on the card
+        self.under_way = 0
+        self.steps = 0
+
+    def execute_model(self, plan: Plan):
+        if not plan.num_scheduled_tokens:
+            return "nothing to do"
+        self.plan = plan
+        for name in plan.scheduled_new_reqs:
+            self.computed[name] = 0
+        cached = plan.scheduled_cached_reqs
+        assert [self.computed[name] for name in cached.req_ids] == cached.num_computed_tokens
+        return None
+
+    def sample_tokens(self, grammar: None):
+        self.steps += 1
+        self.under_way += 1
+        assert self.under_way <= 2
+        scheduled = self.plan.num_scheduled_tokens
+        names = sorted(scheduled, key=lambda name: scheduled[name])
+        counts, tokens, logprobs = [], [], []
+        for name in names:
+            self.computed[name] += scheduled[name]
+            request = self.scheduler.requests[name]
+            position = self.computed[name]  # of the token that is drawn
+            assert position <= request.slots and position < CONTEXT + 1
+            counts.append(int(position >= request.num_prompt))
+            tokens.append(token(name, position))
+            logprobs.append(logprob(name, position))
+
+        def synchronize() -> None:
+            self.under_way -= not done
+            done.append(True)
+
+        done: list[bool] = []
+        return SimpleNamespace(
+            sampled_token_ids=numpy.array(tokens)[:, None],
+            logprobs_tensors=SimpleNamespace(logprobs=torch.tensor(logprobs)[:, None]),
+            num_sampled_tokens_np=numpy.array(counts),
+            prompt_logprobs_dict={name: SimpleNamespace(logprobs=torch.ones(4, 1)) for name in names if name == "0"},
+            model_runner_output=SimpleNamespace(req_ids=names),
+            copy_event=SimpleNamespace(synchronize=synchronize),
+        )
+
+
+def run(
+    lengths: list[tuple[int, int]], *, places: int = 8, budget: int = 64, stops: tuple[int, ...] = STOPS
+) -> tuple[dict[str, Sampled], Worker]:
+    scheduler = Scheduler(places, budget)
+    worker = Worker(scheduler)
+
+    def add(request: Request, wave: int) -> None:
+        scheduler.requests[request.request_id] = request
+        scheduler.waiting.append(request)
+
+    core = SimpleNamespace(
+        preprocess_add_request=lambda request: (request, 0),
+        add_request=add,
+        scheduler=scheduler,
+        model_executor=SimpleNamespace(driver_worker=SimpleNamespace(worker=worker)),
+    )
+    found: dict[str, Sampled] = {}
+
+    def finished(name: str, sampled: Sampled) -> None:
+        assert name not in found
+        found[name] = sampled
+
+    run_requests(core, [Request(str(i), *pair) for i, pair in enumerate(lengths)], stops, finished)
+    return found, worker
+
+
+def expected(name: str, num_prompt: int, max_tokens: int) -> tuple[list[int], list[float], bool]:
+    ids, scores = [], []
+    while len(ids) < max_tokens:
+        position = num_prompt + len(ids)
+        ids.append(token(name, position))
+        scores.append(logprob(name, position))
+        if ids[-1] in STOPS:
+            return ids, scores, True
+    return ids, scores, False
+
+
+@pytest.mark.parametrize("burst", [1, 2, 5, 32])
+@pytest.mark.parametrize(("places", "budget"), [(8, 64), (3, 64), (40, 7), (2, 5), (40, 400)])
+def test_the_length_of_bursts_changes_no_token(burst: int, places: int, budget: int, monkeypatch: pytest.MonkeyPatch):
+    """Ends inside a burst, limits, prompts in parts, more sequences than places, the end of the context."""
+    monkeypatch.setattr(vllm_bursts, "BURST", burst)
+    monkeypatch.setattr(vllm_bursts, "BURST_WHILE_OTHERS_WAIT", min(burst, 8))
+    lengths = [(5 + 7 * i % 31, 1 + 11 * i % 59) for i in range(20)] + [(CONTEXT - 9, 9), (1, CONTEXT - 1)]
+    found, worker = run(lengths, places=places, budget=budget)
+    assert sorted(found, key=int) == [str(i) for i in range(len(lengths))]
+    for i, (num_prompt, max_tokens) in enumerate(lengths):
+        ids, scores, stopped = expected(str(i), num_prompt, max_tokens)
+        assert (found[str(i)].token_ids, found[str(i)].logprobs, found[str(i)].stopped) == (ids, scores, stopped), i
+    assert {found[str(i)].stopped for i in range(20)} == {True, False}
+    assert worker.under_way == 0 and found["0"].prompt_logprobs is not None and found["1"].prompt_logprobs is None
+
+
+def test_the_scheduler_is_asked_once_a_burst():
+    lengths = [(4, 64)] * 6
+    ends = [len(expected(str(i), *pair)[0]) for i, pair in enumerate(lengths)]
+    _, worker = run(lengths)
+    assert worker.scheduler.asked <= 2 + max(ends) // 8  # without bursts: one for each of the longest's tokens
+    assert worker.steps <= max(ends) + 1  # and hardly a step in vain: the one under way when the last one ends
+
+
+def test_places_that_are_free_are_filled_before_the_burst_is_over():
+    """While sequences wait, a burst ends when an eighth of it is through; when none do, at half of it."""
+    lengths = [(4, 64)] * 8 + [(4, 4)] * 22  # of ten places two are wanted again and again
+    found, worker = run(lengths, places=10, stops=())
+    assert len(found) == 30 and worker.steps < 68, worker.steps
