@@ -1,6 +1,7 @@
 """The loss head beside its rivals and its floor: time, memory beyond the outputs, and errors against float64.
 
     python -m benchmarks.linear_logprobs [--out FILE] [--seconds 140]     # one H100, under 150 s
+    python -m benchmarks.readme                                           # then: its tables in docs/performance.md
     python -m benchmarks.linear_logprobs --trial                          # a toy, on any machine: does it run?
 
 Hidden states and a frozen head, bfloat16; one random number a token arrives at its logprob, and the gradient of hidden
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import GIB, about, shown, table, write_json
+from benchmarks.common import GIB, RESULTS, about, read_json, shown, table, write_json
 from benchmarks.loss_heads import BY_DATA, DEVICE, OURS, RIVALS, SLOW, Data, Floor, Method
-from reasoner.kernels import linear_logprobs as head
 
+RESULT = RESULTS / "linear_logprobs.json"
 ROUNDS = 5
 CHECKED_ROWS = 256
 
@@ -222,8 +223,7 @@ def with_ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def printed(case: dict[str, Any]) -> str:
     """The case as a table."""
-    title = f"D={case['width']} V={case['vocabulary']:,} N={case['rows']:,} {case['kind']}"
-    head_row = [title, "ms", "x floor", "GiB beyond outputs", "gradient", "worst row", "logprob", "repeats"]
+    head_row = [title(case), "ms", "x floor", "GiB beyond outputs", "gradient", "worst row", "logprob", "repeats"]
     lines = []
     for name, row in case["methods"].items():
         if "not_run" in row:
@@ -238,10 +238,36 @@ def printed(case: dict[str, Any]) -> str:
     return table(head_row, lines)
 
 
+def title(case: dict[str, Any]) -> str:
+    """The case in a few words."""
+    return f"D={case['width']:,} V={case['vocabulary']:,} N={case['rows']:,} {case['kind']}"
+
+
+def overview() -> str:
+    """Of the kept result, ours in every case."""
+    head_row = ["", "floor, ms", "ours, ms", "x floor", "GiB", "gradient", "worst row", "logprob"]
+    head_row += ["one matmul, ms", "no gradient, ms", "x one matmul", "GiB"]
+    lines = []
+    for case in read_json(RESULT)["cases"]:
+        ours, plain = (case["methods"][name] for name in ("ours", "ours, no gradient"))
+        small = (ours[key] for key in ("gradient_error", "gradient_error_worst_row", "logprob_error"))
+        both = [
+            [shown(way["ms"] / way["ratio"]), shown(way["ms"]), shown(way["ratio"]), shown(way["peak_gib"])]
+            for way in (ours, plain)
+        ]
+        lines.append([title(case), *both[0], *(f"{value:.1e}" for value in small), *both[1]])
+    return table(head_row, lines)
+
+
+def beside_rivals() -> str:
+    """Of the kept result, the cases that rivals were measured in."""
+    return "\n\n".join(printed(case) for case in read_json(RESULT)["cases"] if case["rivals"])
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/linear_logprobs-h100.json"))
+    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--rows", type=int, default=16_384)
     parser.add_argument("--seconds", type=float, default=140)
     parser.add_argument("--commit", help="where the history is not there")
@@ -249,7 +275,6 @@ def main() -> None:
     args = parser.parse_args()
     if DEVICE.type == "cpu" and not args.trial:
         parser.error("needs a CUDA GPU; --trial runs anywhere")
-    head.PREFER_TRITON = True
     began = time.monotonic()
     result: dict[str, Any] = {**about("python -m benchmarks.linear_logprobs", args.commit), "cases": [], "no_time": []}
     for case in TRIAL if args.trial else CASES:

@@ -1,6 +1,6 @@
-"""The README's tables, made from what was measured.
+"""The tables of README.md and docs/performance.md, made from what was measured.
 
-    python -m benchmarks.readme          # write them into README.md
+    python -m benchmarks.readme          # write them into both
 
 Each stands between `<!-- results: NAME -->` and `<!-- end -->`; a test fails where one differs from its files under
 results/.
@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tiny
+from benchmarks import linear_logprobs, tiny
 from benchmarks.common import RESULTS, read_json, table
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = tuple(Path(__file__).parents[1] / name for name in ("README.md", "docs/performance.md"))
 PLACE = re.compile(r"(<!-- results: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 RUNS = {
     "nf4-0": "NF4, 0",
@@ -44,7 +44,12 @@ def _moved(found: dict[str, Any]) -> str:
     return f"{before:.1f} → {after:.1f} ({gain['points']:+.1f}, {gain['low']:.1f} to {gain['high']:.1f})"
 
 
-TABLES = {"tiny": tiny.table, "word_problems": word_problems}
+TABLES = {
+    "tiny": tiny.table,
+    "word_problems": word_problems,
+    "loss_head": linear_logprobs.overview,
+    "loss_head_rivals": linear_logprobs.beside_rivals,
+}
 
 
 def filled(text: str) -> str:
@@ -53,4 +58,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

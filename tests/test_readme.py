@@ -1,17 +1,17 @@
-"""The README's figures are those of benchmarks/results."""
+"""The figures of the README and of docs/performance.md are those of benchmarks/results."""
 
 import re
-from pathlib import Path
 
 from benchmarks.common import RESULTS, read_json
-from benchmarks.readme import PLACE, TABLES, filled
+from benchmarks.readme import PAGES, PLACE, TABLES, filled
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README, PERFORMANCE = (page.read_text(encoding="utf-8") for page in PAGES)
 
 
-def test_its_tables_say_what_was_measured():
-    assert sorted(place[2] for place in PLACE.finditer(README)) == sorted(TABLES)
-    assert filled(README) == README, "python -m benchmarks.readme writes them anew"
+def test_tables_say_what_was_measured():
+    assert sorted(place[2] for place in PLACE.finditer(README + PERFORMANCE)) == sorted(TABLES)
+    for page in (README, PERFORMANCE):
+        assert filled(page) == page, "python -m benchmarks.readme writes them anew"
     assert filled(README.replace("+10.0, 7.8 to 12.4", "+12.0, 7.8 to 12.4")) == README
 
 

@@ -48,6 +48,8 @@ from reasoner.kernels.tiles import Tiles
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 SHIFT = 64.0  # the odds are kept as 2^-64 of themselves
+# Logits of rows that are computed again in torch, at a time: four tiles of float32 where the odds were.
+AGAIN_ELEMENTS = table.ODDS_BYTES // 16
 LIMIT = 2.0**99.5  # a larger sum of theirs may have lost terms; 2^100 x 2^18 columns x |w| is finite in float32
 
 
@@ -117,7 +119,10 @@ def forward(
     work = _Work(hidden, weight, target_ids, shape, sums, factor)
     work.run()
     known = row_numbers(sums, work.target_bits)
-    _again_in_torch(hidden, weight, target_ids, shape, known, factor, ~(sums[0] < LIMIT))
+    del work  # whose memory the rows below take
+    exceeded = (~(sums[0] < LIMIT)).nonzero()[:, 0]  # waits for the card
+    for rows in exceeded.split(max(AGAIN_ELEMENTS // weight.shape[0], 1)):
+        _again_in_torch(rows, hidden, weight, target_ids, shape, known, factor)
     return known, factor
 
 
@@ -132,16 +137,15 @@ def row_numbers(sums: Tensor, target_bits: Tensor) -> RowNumbers:
 
 
 def _again_in_torch(
+    rows: Tensor,
     hidden: Tensor,
     weight: Tensor,
     target_ids: Tensor,
     shape: LogitShape,
     known: RowNumbers,
     factor: Factor | None,
-    exceeded: Tensor,
 ) -> None:
-    """The rows whose odds are out of reach, exactly. Looking for them waits for the card."""
-    rows = exceeded.nonzero()[:, 0]
+    """Rows whose odds are out of reach, exactly."""
     if not len(rows):
         return
     few = hidden[rows], weight, target_ids[rows]
@@ -224,7 +228,7 @@ class _Work:
                 if self.factor is not None:
                     block = self.weight[first_column : first_column + columns]
                     _multiply(self.products[:rows], self.odds[:rows, :columns], block, add=first_column > 0)
-            torch.sum(self.partials[:, :, :rows], 1, out=self.sums[:, first_row : first_row + rows])
+            self._sums(first_row, rows)
             if self.factor is not None:
                 self._factors(first_row, rows)
 
@@ -258,6 +262,14 @@ class _Work:
             DESCRIPTORS=tiles.descriptors, HALVES=tiles.halves, FLATTEN=tiles.persistent, PROGRAMS=programs,
             STORE=self.factor is not None, CAPPED=cap is not None, RAGGED=columns % tiles.columns > 0,
             num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    def _sums(self, first_row: int, rows: int) -> None:
+        # torch.sum takes a second buffer of the partial sums' size for 1,024 tiles.
+        tall, wide = 128, 16
+        odds_triton.sums_kernel[(table.ceil_div(rows, wide), 2)](
+            self.partials, self.sums, first_row, rows, self.partials.shape[1],
+            self.partials.stride(0), self.partials.stride(1), self.sums.stride(0), TILES=tall, ROWS=wide,
         )  # fmt: skip
 
     def _factors(self, first_row: int, rows: int) -> None:

@@ -120,6 +120,21 @@ def target_dots_kernel(hidden, weight, target_ids, dots, hidden_stride, weight_s
     tl.store(dots + row, tl.sum(total, 0))
 
 
+@triton.jit(do_not_specialize=["first_row", "rows", "tiles"])
+def sums_kernel(
+    partials, sums, first_row, rows, tiles, plane, tile_stride, sums_stride, TILES: tl.constexpr, ROWS: tl.constexpr
+):
+    """Sums over the tiles of a block's rows, which are as many as ROWS a program, of odds and of moments."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    which = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([TILES, ROWS], tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        at = partials + which * plane + tile.to(tl.int64)[:, None] * tile_stride + row[None, :]
+        total += tl.load(at, mask=(tile < tiles)[:, None] & (row < rows)[None, :], other=0.0)
+    tl.store(sums + which * sums_stride + first_row + row, tl.sum(total, 0), mask=row < rows)
+
+
 @triton.jit(do_not_specialize=["first_row"])
 def factor_kernel(
     products, weight, target_ids, sums, target_slopes, factor, factor_scale, first_row, weight_stride, width, gain, own,

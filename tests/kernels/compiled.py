@@ -70,7 +70,7 @@ def call(card: int, width: int, gradient: bool, soft_cap: float | None, monkeypa
 @pytest.mark.parametrize("card", CARDS)
 def test_every_kernel_fits_every_card(card, gradient, soft_cap, built, monkeypatch):
     call(card, 1536, gradient, soft_cap, monkeypatch)
-    names = ["target_dots_kernel", "odds_kernel", *["factor_kernel", "scaled_rows_kernel"] * gradient]
+    names = ["target_dots_kernel", "odds_kernel", "sums_kernel", *["factor_kernel", "scaled_rows_kernel"] * gradient]
     assert [name for name, _, _ in built] == names
     for name, shared, _ in built:
         assert shared <= CARDS[card] << 10, f"{name} asks for {shared} bytes of {CARDS[card] << 10}"

@@ -131,12 +131,16 @@ def test_strided_hidden_and_a_head_that_is_part_of_another():
     assert_close(run(by_triton, *views), truth_of(hidden, weight, target_ids))
 
 
-def test_h3_rows_out_of_reach_of_the_odds_are_exact_and_a_broken_one_stays_alone():
+def test_h3_rows_out_of_reach_of_the_odds_are_exact_and_a_broken_one_stays_alone(monkeypatch):
     hidden, weight, target_ids = make_inputs(NUM_ROWS, 127, WIDTH, torch.float32)
     toward = weight[target_ids] / weight[target_ids].square().sum(1, keepdim=True)
     hidden -= torch.linspace(40, 400, NUM_ROWS)[:, None] * toward
     mine, truth = run(by_triton, hidden, weight, target_ids), truth_of(hidden, weight, target_ids)
     assert truth[0].min() < -300
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "AGAIN_ELEMENTS", 4 * 127)  # the rows in several parts
+        for one, other in zip(run(by_triton, hidden, weight, target_ids), mine, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
     assert_close(mine, truth, gradient=5e-4)  # these factors are kept in float32 but made of large logits
     hidden[12, 5] = torch.nan  # of a row that torch already does again: as many rows, the same matmuls
     broken, others = run(by_triton, hidden, weight, target_ids), torch.arange(NUM_ROWS) != 12
@@ -159,6 +163,16 @@ def test_confident_rows_keep_their_relative_precision():
     gradient = upstream(NUM_ROWS)[:, None].double() * (total * weight.double()[target_ids] - odds @ weight.double())
     miss = (mine[2].double() - gradient / (1 + total)).norm(dim=1) / gradient.norm(dim=1)
     assert miss.max() < 1e-4
+
+
+def test_sums_of_more_tiles_than_are_loaded_at_once():
+    draws = torch.Generator().manual_seed(0)
+    partials, sums = torch.randn(2, 300, 40, generator=draws), torch.zeros(2, 50)
+    odds_triton.sums_kernel[(3, 2)](
+        partials, sums, 7, 37, 300, partials.stride(0), partials.stride(1), sums.stride(0), TILES=128, ROWS=16
+    )
+    torch.testing.assert_close(sums[:, 7:44], partials[:, :, :37].sum(1), rtol=1e-5, atol=1e-4)
+    assert not sums[:, :7].any() and not sums[:, 44:].any()
 
 
 def test_gradients_at_entropy_and_a_trained_head():

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from reasoner.kernels import linear_logprobs as module
 from reasoner.kernels.linear_logprobs import Logprobs, linear_logprobs
 from tests.kernels.test_linear_logprobs import naive
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.fixture(autouse=True)
-def by_triton(monkeypatch):
-    monkeypatch.setattr(module, "PREFER_TRITON", True)
+# What one rounding to 16 bits is off by, of the number itself: at most, and in the mean square of numbers whose
+# logarithms lie evenly, 3^-1/2 (3 / (8 ln 2))^1/2 of that.
+AT_MOST = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+IN_THE_MEAN = {dtype: most * math.sqrt(1 / (8 * math.log(2))) for dtype, most in AT_MOST.items()}
 
 
 def make_rows(num_rows: int, vocabulary: int, width: int, peaked: bool, dtype=torch.bfloat16):
@@ -53,15 +53,37 @@ def truth_of(hidden, weight, target_ids, **how) -> tuple[Tensor, Tensor, Tensor]
     return run(naive, hidden.double(), weight.double(), target_ids, **how)
 
 
-def assert_close(mine: tuple[Tensor, Tensor, Tensor], truth: tuple[Tensor, Tensor, Tensor], worst: float = 3.5e-3):
-    """The bars of the loss head. A row whose gradient is below the largest by 1e8 is left to the tests of such rows."""
+def assert_close(
+    mine: tuple[Tensor, Tensor, Tensor],
+    truth: tuple[Tensor, Tensor, Tensor],
+    gradient: float = 2e-3,
+    worst: float | Tensor = 3.5e-3,
+) -> None:
+    """The bars of the loss head. A row whose gradient is below the largest by 1e8 is left to the tests of such rows.
+
+    `worst` is a row's bar, or each row's.
+    """
     off = (mine[0].double() - truth[0]).abs() / truth[0].abs().clamp(min=1)
     assert off.max() < 2e-5, f"logprobs {off.max():.1e}"
     assert (mine[1].double() - truth[1]).abs().max() < 1e-4, "entropy"
     miss, norms = (mine[2].double() - truth[2]).norm(dim=1), truth[2].norm(dim=1)
-    assert miss.norm() < 2e-3 * norms.norm(), f"gradient {miss.norm() / norms.norm():.1e}"
+    assert miss.norm() < gradient * norms.norm(), f"gradient {miss.norm() / norms.norm():.1e}"
     rows = (miss / norms)[norms > 1e-8 * norms.max()]
-    assert rows.max() < worst, f"worst row {rows.max():.1e}"
+    over = (miss / norms / worst)[norms > 1e-8 * norms.max()]
+    assert over.max() < 1, f"worst row {rows.max():.1e}, {over.max():.2f} of its bar"
+
+
+def two_roundings(hidden, weight, target_ids, truth: Tensor, temperature=1.0, soft_cap=None, logit_scale=1.0) -> Tensor:
+    """What a row of the gradient may be off by at most, of its norm, if nothing but these is rounded: each token's odds
+    and each element of what is handed back, to bfloat16, and between them the factor to float16."""
+    logits = logit_scale * hidden.double() @ weight.double().T
+    slopes = 1.0
+    if soft_cap is not None:
+        slopes = 1 - (logits / soft_cap).tanh().square()
+        logits = soft_cap * (logits / soft_cap).tanh()
+    shares = (logits / temperature).softmax(1).scatter(1, target_ids[:, None], 0.0) * slopes
+    others = upstream(len(hidden)).abs() * logit_scale / temperature * (shares @ weight.double().norm(dim=1))
+    return AT_MOST[torch.bfloat16] * (1 + others / truth.norm(dim=1)) + AT_MOST[torch.float16]
 
 
 CASES = [
@@ -78,11 +100,14 @@ CASES = [
 def test_within_the_bars_of_float64(vocabulary, width, shape, peaked):
     inputs = make_rows(555, vocabulary, width, peaked)
     mine, truth = run(linear_logprobs, *inputs, **shape), truth_of(*inputs, **shape)
-    assert_close(mine, truth)
+    # The bar of a row is of real widths. In 64 dimensions a token's direction is at times close to the target's, so
+    # that their difference, the gradient, is small beside the rounding of that token's odds.
+    worst = 3.5e-3 if width >= 640 else two_roundings(*inputs, truth[2], **shape)
+    assert_close(mine, truth, worst=worst)
     assert mine[2].dtype == torch.bfloat16
     with torch.no_grad():
         plain = linear_logprobs(*inputs, **shape)
-    assert_close((plain.logprobs, plain.entropy, mine[2]), truth)
+    assert_close((plain.logprobs, plain.entropy, mine[2]), truth, worst=worst)
 
 
 def test_bf16_twice_gives_the_same_bits_and_many_blocks_agree(monkeypatch):
@@ -116,7 +141,6 @@ def test_rows_by_row_forms_of_other_cards(monkeypatch):
         monkeypatch.setattr(fast, "tiles_for", lambda hidden, weight, row=row: row)
         assert_close(run(linear_logprobs, *inputs, soft_cap=40.0), truth)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "PREFER_TRITON", True)
     odd = make_rows(300, 5003, 333, True)
     assert_close(run(linear_logprobs, *odd), truth_of(*odd))
 
@@ -155,7 +179,10 @@ def test_confident_rows_keep_their_relative_precision():
     odds = (logits - logits.gather(1, target_ids[:, None])).exp_().scatter_(1, target_ids[:, None], 0.0)
     logprobs = -odds.sum(1).log1p()
     assert logprobs.max() > -1e-12
-    assert ((mine[0].double() - logprobs) / logprobs).abs().max() < 2e-4
+    # Odds under 2^-62 are under 2^-126 as they are kept, where the card's exp2 gives 0.
+    lost = odds.where(odds < 2.0**-62, 0.0).sum(1) / odds.sum(1)
+    assert lost.max() < 1e-3
+    assert ((mine[0].double() - logprobs).abs() < (2e-4 + lost) * -logprobs).all()
     factor = odds.sum(1, keepdim=True) * weight.double()[target_ids] - odds @ weight.double()
     gradient = upstream(64)[:, None].double() * factor / (1 + odds.sum(1, keepdim=True))
     assert ((mine[2].double() - gradient).norm(dim=1) / gradient.norm(dim=1)).max() < 4e-3
@@ -172,16 +199,22 @@ def test_h7_few_rows(num_rows):
 
 
 def test_gradients_at_entropy_a_trained_head_and_float16():
+    """By the torch path's backward pass, which rounds twice to the inputs' dtype: the gradient at the logits, and what
+    is handed back. The two are independent, so their squares add; 15% are left for chance, as in 128 dimensions the
+    directions of two tokens are not quite independent."""
+    twice = {dtype: 1.15 * math.sqrt(2) * mean for dtype, mean in IN_THE_MEAN.items()}
     inputs = make_rows(200, 3000, 128, True)
-    assert_close(run(linear_logprobs, *inputs, entropy=0.5), truth_of(*inputs, entropy=0.5), worst=1e-2)
+    bars = {"gradient": twice[torch.bfloat16], "worst": 1e-2}
+    assert_close(run(linear_logprobs, *inputs, entropy=0.5), truth_of(*inputs, entropy=0.5), **bars)
     halves = make_rows(200, 3000, 128, True, torch.float16)
-    assert_close(run(linear_logprobs, *halves), truth_of(*halves), worst=math.inf)  # tiny rows are 0 in float16
+    bars = {"gradient": twice[torch.float16], "worst": math.inf}  # tiny rows are 0 in float16
+    assert_close(run(linear_logprobs, *halves), truth_of(*halves), **bars)
     weight = inputs[1].clone().requires_grad_()
     exact = inputs[1].double().requires_grad_()
     hidden = run(linear_logprobs, inputs[0], weight, inputs[2])[2]
     truth = run(naive, inputs[0].double(), exact, inputs[2])[2]
     for mine, expected in ((hidden, truth), (weight.grad, exact.grad)):
-        assert (mine.double() - expected).norm() < 3e-3 * expected.norm()
+        assert (mine.double() - expected).norm() < twice[torch.bfloat16] * expected.norm()
 
 
 def test_h4_backward_twice_and_scaled():
@@ -204,15 +237,26 @@ def test_h1_offsets_past_2_to_the_31():
     assert_close(run(linear_logprobs, hidden, weight, target_ids), truth_of(hidden, small, target_ids))
 
 
-def test_memory_beside_the_outputs_is_under_a_quarter_gib():
-    hidden, weight, target_ids = make_rows(16_384, 151_936, 1536, True)
+@pytest.mark.parametrize("num_again", [0, 1000], ids=["in reach", "rows in torch"])
+@pytest.mark.parametrize(("vocabulary", "width"), [(151_936, 1536), (262_144, 640)])
+def test_memory_beside_the_outputs_is_under_a_quarter_gib(vocabulary, width, num_again):
+    hidden, weight, target_ids = make_rows(16_384, vocabulary, width, True)
+    hidden[:num_again] -= 200 * weight[target_ids[:num_again]] / weight[0].float().square().sum().bfloat16()
     hidden.requires_grad_()
-    linear_logprobs(hidden[:300], weight, target_ids[:300]).logprobs.sum().backward()
-    hidden.grad = None
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    found = linear_logprobs(hidden, weight, target_ids)
-    found.logprobs.sum().backward()
-    assert hidden.grad is not None
-    peak = torch.cuda.max_memory_allocated() - held - hidden.grad.nbytes
-    assert peak < 0.25 * 2**30, f"{peak / 2**20:.0f} MiB"
+
+    def peak_of_a_call() -> float:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        found = linear_logprobs(hidden, weight, target_ids)
+        if found.logprobs.requires_grad:
+            found.logprobs.sum().backward()
+        assert (found.logprobs[:num_again] < -112).all()
+        outputs = hidden.grad.nbytes if hidden.grad is not None else 0
+        hidden.grad = None
+        return (torch.cuda.max_memory_allocated() - held - outputs) / 2**30
+
+    peak_of_a_call()  # libraries take their workspaces
+    peaks = [peak_of_a_call()]
+    with torch.no_grad():
+        peaks.append(peak_of_a_call())
+    assert max(peaks) < 0.25, f"{peaks} GiB"
