@@ -237,7 +237,13 @@ def measure_speed(engine: VllmEngine, prompts: list[tuple[int, ...]]) -> dict[st
     return found
 
 
-def measure(model: str, quantize: str, rank: int, kv_gib: float) -> dict[str, Any]:
+def policy_16_bits(policy: Policy) -> float:
+    """GiB of the NF4 matrices in 16 bits."""
+    assert policy.weights is not None
+    return sum(2 * state.shape.numel() for state in policy.weights.states.values()) / GIB
+
+
+def measure(model: str, quantize: str, rank: int, kv_gib: float, dequantize: bool) -> dict[str, Any]:
     """Everything, in one process."""
     torch.mm(*torch.ones(2, 64, 64, device="cuda"))  # CUDA and cuBLAS are up before the first figure
     empty = used_gib()
@@ -257,14 +263,15 @@ def measure(model: str, quantize: str, rank: int, kv_gib: float) -> dict[str, An
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     began = now()
-    engine = VllmEngine(policy, str, config.Rollout(), max_context=1024, kv_bytes=int(kv_gib * GIB))
+    sizes: Any = {"max_context": 1024, "kv_bytes": int(kv_gib * GIB), "dequantize": dequantize}
+    engine = VllmEngine(policy, str, config.Rollout(), **sizes)
     gc.collect()
     memory |= {"start_s": now() - began, "start_peak_gib": torch.cuda.max_memory_allocated() / GIB}
     torch.cuda.empty_cache()
     memory |= {
-        "module_peak_mib": engine.build_memory.peak / 2**20,
-        "module_left_mib": engine.build_memory.left / 2**20,
-        "beyond_kv_gib": used_gib() - loaded - kv_gib,
+        "module_peak_mib": engine.built.peak / 2**20,
+        "module_left_mib": engine.built.left / 2**20,
+        "beyond_kv_gib": used_gib() - loaded - kv_gib - (policy_16_bits(policy) if dequantize else 0),
         "kv_gib": kv_gib,
     }
     std = 0.02 if model == "smol" else 0.01
@@ -288,11 +295,13 @@ def main() -> None:
     parser.add_argument("--quantize", choices=["nf4", "none"], required=True)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--kv-gib", type=float, default=8.0)
+    parser.add_argument("--dequantize", action="store_true", help="hold an NF4 base in 16 bits too while sampling")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where the checkout has no history")
     asked = parser.parse_args()
     command = f"python -m benchmarks.shared_base --model {asked.model} --quantize {asked.quantize} --rank {asked.rank}"
-    found = measure(asked.model, asked.quantize, asked.rank, asked.kv_gib)
+    command += " --dequantize" * asked.dequantize
+    found = measure(asked.model, asked.quantize, asked.rank, asked.kv_gib, asked.dequantize)
     for part, figures in found.items():
         print(f"{part}: {figures}", flush=True)
     if asked.out:

@@ -158,14 +158,15 @@ def _sampler(
     console.say(chosen)
     if name == "hf":
         _recompute(config, policy)
-        return make_engine(name, config, policy, task.template.decode, max_context=limit, kv_bytes=0), None
+        return make_engine(name, config, policy, task.template.decode, max_context=limit), None
     plan = plan_memory(config, policy, max_context=limit)
     for line in plan.lines():
         console.say(line)
     _, needed = engine_environment(platform.release())
     if needed:
         console.say(needed)
-    engine = make_engine(name, config, policy, task.template.decode, max_context=plan.longest, kv_bytes=plan.kv_bytes)
+    sizes: Any = {"max_context": plan.longest, "kv_bytes": plan.kv_bytes, "dequantize": plan.dequantized > 0}
+    engine = make_engine(name, config, policy, task.template.decode, **sizes)
     return engine, plan
 
 

@@ -193,6 +193,8 @@ class Rollout:
     max_batched_tokens: PositiveInt = 4096  # vllm: tokens in one step of the engine
     kv_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # vllm: its cache; none: what is left
     keep_free_gib: NonNegative = 0.5  # vllm: of the GPU, left to the desktop and other programs
+    # vllm: hold an NF4 base in 16 bits too while sampling, which is faster; auto: where the cache stays whole beside it
+    dequantize: bool | Literal["auto"] = "auto"
     share_base: bool = True  # vllm: sample from the trainer's own base; false: the engine holds a second copy
 
 

@@ -32,11 +32,13 @@ FLOAT32, BFLOAT16 = 4, 2  # a gradient or the reference's copy; the engine's cop
 class Held:
     """What the loaded policy holds, in bytes, and what its shape says of the rest.
 
-    >>> Held(base=1_203_000_000, second_base=0, masters=73_859_072, num_trained=18_464_768, kv_token=28_672)
+    >>> Held(base=1_203_000_000, second_base=0, in_16_bits=2_620_000_000, masters=73_859_072, num_trained=18_464_768,
+    ...      kv_token=28_672)
     """
 
     base: int  # frozen weights
     second_base: int  # what the engine will load for itself with rollout.share_base=false
+    in_16_bits: int  # what NF4 matrices are in 16 bits; 0 without any
     masters: int  # the weights that learn
     num_trained: int
     kv_token: int  # the engine's cache of one token
@@ -55,6 +57,7 @@ class MemoryPlan:
     engine: int
     keep_free: int
     training: int  # the worst micro-batch and its gradients; gone while sampling
+    dequantized: int  # the NF4 base in 16 bits (rollout.dequantize); given back while training
     kv_bytes: int  # the engine's cache; given back while training
     kv_token: int  # of it, one token
     longest: int  # tokens of prompt and completion in the longest sequence that is sampled
@@ -74,12 +77,12 @@ class MemoryPlan:
     @property
     def while_sampling(self) -> int:
         """Together, without activations and gradients."""
-        return self.always + self.kv_bytes
+        return self.always + self.dequantized + self.kv_bytes
 
     def parts_gib(self) -> dict[str, float]:
         """The parts and both sums in GiB, for summary.json."""
         names = ("total", "taken", "base", "second_base", "adapter", "optimizer", "engine", "keep_free", "training")
-        sizes = {name: getattr(self, name) for name in names} | {"kv": self.kv_bytes}
+        sizes = {name: getattr(self, name) for name in (*names, "dequantized")} | {"kv": self.kv_bytes}
         sizes |= {"while_training": self.while_training, "while_sampling": self.while_sampling}
         return {name: round(size / GIB, 3) for name, size in sizes.items()}
 
@@ -93,6 +96,7 @@ class MemoryPlan:
             ("optimizer", self.optimizer, self.optimizer),
             ("engine", self.engine, self.engine),
             (f"worst micro-batch{', layers recomputed' * self.recomputes}", self.training, 0),
+            ("base in 16 bits (rollout.dequantize)", 0, self.dequantized),
             ("the engine's cache", 0, self.kv_bytes),
             ("kept free (rollout.keep_free_gib)", self.keep_free, self.keep_free),
             (f"together, of {self.total / GIB:.2f}", self.while_training, self.while_sampling),
@@ -135,10 +139,16 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
     return Held(
         base=base,
         second_base=0 if share_base else own,
+        in_16_bits=_in_16_bits(policy) if share_base else 0,
         masters=sum(weight.nbytes for weight in trained),
         num_trained=sum(weight.numel() for weight in trained),
         kv_token=kv_token_bytes(policy.base.config.get_text_config()),
     )
+
+
+def _in_16_bits(policy: Policy) -> int:
+    states = policy.weights.states.values() if policy.weights is not None else ()
+    return sum(BFLOAT16 * state.shape.numel() for state in states)
 
 
 def kv_token_bytes(hf_config: Any) -> int:
@@ -165,6 +175,7 @@ def parts_before(config: Config, held: Held, *, total: int, free: int, max_conte
         engine=ENGINE,
         keep_free=int(config.rollout.keep_free_gib * GIB),
         training=0,
+        dequantized=held.in_16_bits if config.rollout.dequantize is not False else 0,
         kv_bytes=0,
         kv_token=held.kv_token,
         longest=longest_sampled(config, max_context),
@@ -172,7 +183,8 @@ def parts_before(config: Config, held: Held, *, total: int, free: int, max_conte
 
 
 def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> MemoryPlan:
-    """The plan with its two parts that take turns: the largest of the stages' peaks, and the engine's cache.
+    """The plan with its parts that take turns: the largest of the stages' peaks, and the engine's cache, with the
+    base in 16 bits where rollout.dequantize says so (auto: where the cache stays whole beside it).
 
     The cache is rollout.kv_gib, else the smaller of what is left while sampling and what rollout.max_sequences of
     the longest sequences fill. Raises ModelError if training, or the cache of one such sequence, does not fit.
@@ -193,12 +205,19 @@ def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> Memo
     if left < one:
         raise _too_little(f"sampling one sequence of {plan.longest} tokens", plan.always + one, plan, shorter)
     asked = config.rollout.kv_gib
+    wanted = config.rollout.max_sequences * one if asked is None else int(asked * GIB)
+    if config.rollout.dequantize == "auto" and left - plan.dequantized < wanted:
+        plan = replace(plan, dequantized=0)
+    left -= plan.dequantized
+    if left < one:
+        also = plan.always + plan.dequantized + one
+        raise _too_little("rollout.dequantize=true", also, plan, "set it to auto or false")
     if asked is None:
-        return replace(plan, kv_bytes=min(left, config.rollout.max_sequences * one))
-    kv_bytes = int(asked * GIB)
+        return replace(plan, kv_bytes=min(left, wanted))
+    kv_bytes = wanted
     if kv_bytes > left:
         most = f"set it to at most {_down(left)}, or to null for what is left"
-        raise _too_little(f"rollout.kv_gib={asked:g}", plan.always + kv_bytes, plan, most)
+        raise _too_little(f"rollout.kv_gib={asked:g}", plan.always + plan.dequantized + kv_bytes, plan, most)
     if kv_bytes < one:
         raise ModelError(
             f"rollout.kv_gib={asked:g} is less than the {_up(one)} GiB that one sequence of {plan.longest} tokens "

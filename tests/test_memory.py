@@ -34,7 +34,7 @@ from tests.models.tiny_models import lora_of, make_config, make_model, make_poli
 
 MIB = 1 << 20
 # The shape of a 1.5B model with r=16: 16 Mi trained weights, 28 layers x 2 heads of 128 for keys and for values.
-SMALL = Held(base=GIB, second_base=0, masters=64 * MIB, num_trained=16 * MIB, kv_token=28_672)
+SMALL = Held(base=GIB, second_base=0, in_16_bits=0, masters=64 * MIB, num_trained=16 * MIB, kv_token=28_672)
 CONTEXT = 32_768
 ENGINE = 751_619_276  # 0.7 GiB
 
@@ -68,6 +68,7 @@ def test_the_parts_of_an_8_gib_card_by_hand():
         engine=ENGINE,
         keep_free=512 * MIB,
         training=3 * GIB,
+        dequantized=0,
         kv_bytes=1536 * MIB,  # rollout.kv_gib of card=8
         kv_token=28_672,
         longest=768,  # 256 + 512
@@ -95,6 +96,36 @@ def test_without_kv_gib_the_cache_is_what_is_left_or_what_can_be_used(card: int,
     plan = planned(conf(f"card={card}", "rollout.kv_gib=null"), card, 0.25, replace(SMALL, base=base_gib * GIB))
     assert plan.kv_bytes == kv_bytes
     assert plan.while_sampling <= plan.total
+
+
+@pytest.mark.parametrize(
+    ("setting", "card_gib", "dequantized"),
+    [
+        # 2.825 stay and 1.5 are rollout.kv_gib's: the 2.5 fit on 8, and on 6.82 not beside the whole cache
+        ("auto", 8, 2560 * MIB),
+        ("auto", 6.82, 0),
+        ("auto", 6.83, 2560 * MIB),
+        ("false", 8, 0),
+        ("true", 8, 2560 * MIB),
+    ],
+)
+def test_the_base_is_held_in_16_bits_where_the_cache_stays_whole_beside_it(
+    setting: str, card_gib: float, dequantized: int
+):
+    held = replace(SMALL, in_16_bits=2560 * MIB)
+    plan = planned(conf("card=8", f"rollout.dequantize={setting}"), card_gib, 1, held)
+    assert (plan.dequantized, plan.kv_bytes) == (dequantized, 1536 * MIB)
+    assert plan.while_sampling == plan.always + dequantized + 1536 * MIB
+    assert any(line.startswith("base in 16 bits (rollout.dequantize)") for line in plan.lines()) == bool(dequantized)
+
+
+def test_a_base_in_16_bits_that_was_asked_for_takes_from_the_cache_and_is_refused_where_none_is_left():
+    held = replace(SMALL, in_16_bits=2560 * MIB)
+    asked = conf("card=8", "rollout.dequantize=true", "rollout.kv_gib=null")
+    plan = planned(asked, 6, 1, held)
+    assert plan.kv_bytes == 6 * GIB - plan.always - 2560 * MIB
+    with pytest.raises(ModelError, match=r"^rollout\.dequantize=true needs .* set it to auto or false$"):
+        planned(asked, 5.3, 1, held)
 
 
 def test_training_and_sampling_take_turns():
@@ -224,7 +255,7 @@ def test_what_a_policy_holds(share_base: bool):
     frozen = sum(p.numel() for p in policy.model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in policy.trainable().values())
     held = held_by(policy, share_base=share_base)
-    assert held == Held(4 * frozen, 0 if share_base else 2 * frozen, 4 * trained, trained, 2 * 2 * 2 * 8 * 2)
+    assert held == Held(4 * frozen, 0 if share_base else 2 * frozen, 0, 4 * trained, trained, 2 * 2 * 2 * 8 * 2)
     assert kv_token_bytes(make_config("qwen3")) == held.kv_token
     whole = held_by(make_policy("qwen3"), share_base=True)
     assert (whole.base, whole.masters) == (0, 4 * frozen)
@@ -232,8 +263,9 @@ def test_what_a_policy_holds(share_base: bool):
 
 def test_a_shared_base_is_its_buffers():
     policy = make_policy("llama", lora=lora_of("llama"))
-    policy.weights = SimpleNamespace(nbytes=123)  # type: ignore[assignment]
+    policy.weights = SimpleNamespace(nbytes=123, states={"q": SimpleNamespace(shape=torch.Size((8, 64)))})  # type: ignore[assignment]
     assert (held_by(policy, share_base=True).base, held_by(policy, share_base=False).second_base) == (123, 123)
+    assert held_by(policy, share_base=True).in_16_bits == 2 * 8 * 64
 
 
 def test_the_table():
@@ -263,6 +295,7 @@ def test_the_table():
         "engine": 0.7,
         "keep_free": 0.5,
         "training": 3.0,
+        "dequantized": 0.0,
         "kv": 1.5,
         "while_training": 5.825,
         "while_sampling": 4.325,

@@ -72,6 +72,13 @@ def dequantize(data: Tensor, state: Any) -> Tensor:
     )
 
 
+def dequantize_into(data: Tensor, state: Any, out: Tensor) -> None:
+    """The matrix in bfloat16, written to `out` [rows, columns]."""
+    torch.ops.bitsandbytes.dequantize_4bit.out(
+        data, state.absmax, BLOCK, state.quant_type, state.shape, state.dtype, out=out
+    )
+
+
 def matmul(x: Tensor, data: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     """x [..., columns] @ matrix.T + bias, in bfloat16, also for few rows of x: [..., rows]."""
     import bitsandbytes

@@ -5,6 +5,7 @@ is an error. Left out: making vLLM (vllm_engine.py).
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -78,10 +79,17 @@ def choose(config_: config.Config, policy: Policy) -> tuple[str, str]:
 
 
 def make_engine(
-    name: str, config_: config.Config, policy: Policy, decode: Decode, *, max_context: int, kv_bytes: int
+    name: str,
+    config_: config.Config,
+    policy: Policy,
+    decode: Decode,
+    *,
+    max_context: int,
+    kv_bytes: int = 0,
+    dequantize: bool = False,
 ) -> Engine:
     """The engine that `choose` named. `max_context`: tokens of prompt and completion together; `kv_bytes`: of vLLM's
-    cache."""
+    cache; `dequantize`: whether vLLM holds an NF4 base in 16 bits too."""
     if name == "hf":
         from reasoner.rollout.hf import HfEngine
 
@@ -89,4 +97,5 @@ def make_engine(
     from reasoner.rollout.vllm_engine import VllmEngine
 
     path = None if config_.rollout.share_base else locate(config_.model).path
-    return VllmEngine(policy, decode, config_.rollout, max_context=max_context, kv_bytes=kv_bytes, model_path=path)
+    sizes: Any = {"max_context": max_context, "kv_bytes": kv_bytes}
+    return VllmEngine(policy, decode, config_.rollout, **sizes, dequantize=dequantize, model_path=path)

@@ -9,21 +9,14 @@ and at every hand-over, and its blocks carry the policy step in their key. Left 
 images.
 """
 
-import io
 import itertools
-import json
-import os
-import platform
-import random
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -42,21 +35,13 @@ from reasoner.rollout.engine import (
     prompt_seeds,
     unheard,
 )
-from reasoner.rollout.platform import engine_environment
 from reasoner.rollout.vllm_adapter import EngineAdapter
 from reasoner.rollout.vllm_bursts import Sampled, run_requests
+from reasoner.rollout.vllm_start import start
 from reasoner.types import Completion, Prompt
 
 PROBE_TOKENS = 128
 GIB = 2**30
-# In this process, and nothing sent anywhere. FlashInfer's sampler is an extra package, and not used here.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-DEFAULTS = {
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    # The newer runner draws with each request's own seed in one kernel; the older one makes a call for each request.
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-}
 
 
 class VllmEngine:
@@ -72,10 +57,12 @@ class VllmEngine:
         *,
         max_context: int,
         kv_bytes: int,
+        dequantize: bool = False,
         model_path: str | None = None,
     ):
         """`max_context`: tokens of prompt and completion together, of the longest there will be. `kv_bytes`: of the
-        cache. `model_path`: a folder or hub id for an engine that loads weights of its own (rollout.share_base=false).
+        cache. `dequantize`: hold an NF4 base in 16 bits too while awake. `model_path`: a folder or hub id for an engine
+        that loads weights of its own (rollout.share_base=false).
 
         Raises ModelError where the card has no room, or vLLM's model has no place for a part of the adapter.
         """
@@ -85,7 +72,6 @@ class VllmEngine:
             policy.trainable(), linear_rows(policy.base), policy.adapter_scaling, policy.head_weight.dtype
         )
         self._folder = Path(tempfile.mkdtemp(prefix="reasoner-vllm-"))
-        _write_config(policy, self._folder)
         self.llm: Any = None
         self._awake, self._cached = True, False
         self._numbers = itertools.count()  # of requests
@@ -93,12 +79,17 @@ class VllmEngine:
         self._canary: Canary | None = None
         self.reading: Reading | None = None  # what the canary last found
         self._looked = False  # at the adapter that is loaded
-        _set_environment()
         try:
-            with _random_state_kept():
-                self.llm, self.build_memory = _start(
-                    self._folder, policy, self.adapter, rollout, max_context, kv_bytes, model_path
-                )
+            self.llm, self.built = start(
+                self._folder,
+                policy,
+                self.adapter,
+                rollout,
+                max_context=max_context,
+                kv_bytes=kv_bytes,
+                dequantize=dequantize,
+                model_path=model_path,
+            )
             self.adapter.check_taken()
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -204,6 +195,8 @@ class VllmEngine:
             raise ModelError(
                 f"no room to wake the cache ({free:.1f} GiB free): lower rollout.kv_gib or tokens_per_micro_batch"
             ) from error
+        if self.built.dequantized is not None:
+            self.built.dequantized.fill()
         self._awake = True
 
     def close(self) -> None:
@@ -213,7 +206,7 @@ class VllmEngine:
                 if not self._awake:
                     self.wake()
                 self.llm.llm_engine.engine_core.shutdown()
-                self.llm = None
+                self.llm = self.built.dequantized = None
                 _give_back()
             self.llm = None
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -290,13 +283,6 @@ def _too_little_to_sample() -> ModelError:
     )
 
 
-def capture_sizes(max_sequences: int) -> list[int]:
-    """Batch sizes with a CUDA graph of their own; others are padded up to the next. Each costs start-up time and
-    memory, so the large ones are 32 apart."""
-    small = [size for size in (1, 2, 4, 8, 16) if size < max_sequences]
-    return [*small, *range(32, max_sequences, 32), max_sequences]
-
-
 def _parameters(sampling: Sampling, seed: int) -> Any:
     from vllm import SamplingParams
 
@@ -315,84 +301,3 @@ def _scoring() -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, detokenize=False, seed=0)
-
-
-def _start(
-    folder: Path,
-    policy: Policy,
-    adapter: EngineAdapter,
-    rollout: config.Rollout,
-    max_context: int,
-    kv_bytes: int,
-    model_path: str | None,
-) -> tuple[Any, Any]:
-    from vllm import LLM
-
-    from reasoner.rollout import vllm_weights
-
-    memory = vllm_weights.register(None if model_path else policy.weights, adapter, type(policy.base).__name__)
-    try:
-        with redirect_stderr(io.StringIO()):  # progress bars: a start takes seconds
-            llm = LLM(
-                model=model_path or str(folder),
-                revision=policy.revision if model_path else None,
-                skip_tokenizer_init=True,
-                generation_config="vllm",
-                dtype="bfloat16",
-                load_format="auto" if model_path else vllm_weights.LOAD_FORMAT,
-                quantization=vllm_weights.QUANTIZATION,
-                max_model_len=max_context,
-                max_num_seqs=rollout.max_sequences,
-                max_num_batched_tokens=max(rollout.max_batched_tokens, rollout.max_sequences),
-                kv_cache_memory_bytes=kv_bytes,
-                gpu_memory_utilization=0.01,  # is checked, and then not used: kv_cache_memory_bytes decides
-                enable_sleep_mode=True,
-                enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-                disable_log_stats=True,
-                async_scheduling=False,  # vllm_bursts.py asks the scheduler once for many tokens instead
-                # Without inductor: seconds to start instead of minutes, and faster here too.
-                compilation_config={
-                    "mode": 0,
-                    "cudagraph_mode": "FULL_DECODE_ONLY",
-                    "cudagraph_capture_sizes": capture_sizes(rollout.max_sequences),
-                },
-            )
-    except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
-        # The cache is allocated apart from torch, and its failure is a RuntimeError; too small a one is a ValueError.
-        if not re.search("out of memory|KV cache", str(error)):
-            raise
-        free = torch.cuda.mem_get_info()[0] / GIB
-        raise ModelError(
-            f"out of memory while vLLM started with a cache of {kv_bytes / GIB:.1f} GiB ({free:.1f} GiB were free): "
-            "lower rollout.kv_gib, rollout.max_batched_tokens or rollout.max_sequences"
-        ) from error
-    return llm, memory
-
-
-def _write_config(policy: Policy, folder: Path) -> None:
-    """config.json, all that vLLM reads of a model whose weights it is handed."""
-    settings = policy.base.config.to_dict()
-    for of_the_file in ("quantization_config", "_name_or_path", "torch_dtype", "transformers_version"):
-        settings.pop(of_the_file, None)
-    settings |= {"architectures": [type(policy.base).__name__], "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(settings, default=str), encoding="utf-8")
-
-
-def _set_environment() -> None:
-    needed, _ = engine_environment(platform.release())
-    os.environ.update(ENVIRONMENT)
-    for name, value in (DEFAULTS | needed).items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """vLLM seeds Python's, numpy's and torch's generators when it starts; afterwards they are what they were."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from vllm.device_allocator.cumem import CuMemAllocator
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -53,6 +55,7 @@ class Nf4Method(LinearMethodBase):
     def __init__(self, part: AdapterPart | None, state: Any):
         self.part = part
         self.state = state
+        self.matrix: Tensor | None = None  # in 16 bits, where `Dequantized` holds it
 
     def create_weights(  # the signature is vLLM's
         self,
@@ -71,7 +74,10 @@ class Nf4Method(LinearMethodBase):
         layer.register_parameter("weight", weight)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = nf4.matmul(x, cast(Tensor, layer.weight), self.state, bias)
+        if self.matrix is None:
+            out = nf4.matmul(x, cast(Tensor, layer.weight), self.state, bias)
+        else:
+            out = linear(x, self.matrix, bias)
         return out if self.part is None else self.part.add_to(out, x)
 
 
@@ -83,15 +89,51 @@ class Float32Head(UnquantizedEmbeddingMethod):
         return scores if bias is None else scores + bias
 
 
+class Dequantized:
+    """The NF4 matrices of vLLM's module in 16 bits, in one buffer that comes and goes with the cache.
+
+    bitsandbytes dequantizes every matrix again for every token of more than a few sequences; from here they are read as
+    they are, bit for bit the same. The buffer's address stays while it sleeps: CUDA graphs know it.
+    """
+
+    def __init__(self, model: nn.Module):
+        methods = [(module, getattr(module, "quant_method", None)) for module in model.modules()]
+        self.packed = [(cast(Tensor, m.weight), method) for m, method in methods if isinstance(method, Nf4Method)]
+        sizes = [method.state.shape.numel() for _, method in self.packed]
+        for (_, method), part in zip(self.packed, _beside_the_cache(sum(sizes)).split(sizes), strict=True):
+            method.matrix = part.view(method.state.shape)
+        self.fill()
+
+    def fill(self) -> None:
+        """Write it anew, after its memory was away."""
+        for data, method in self.packed:
+            assert method.matrix is not None
+            nf4.dequantize_into(data, method.state, method.matrix)
+
+
+def _beside_the_cache(numel: int) -> Tensor:
+    """bfloat16 [numel] that vLLM's allocator unmaps and maps with the cache. vLLM loads a model inside a pool of that
+    allocator for what outlives a sleep; a block's tag is what decides."""
+    allocator = CuMemAllocator.get_instance()
+    tag, allocator.current_tag = allocator.current_tag, "kv_cache"
+    try:
+        return torch.empty(numel, dtype=torch.bfloat16, device="cuda")
+    finally:
+        allocator.current_tag = tag
+
+
 @dataclass(slots=True)
-class BuildMemory:
-    """What vLLM allocated while its module was made: bytes left, and at most."""
+class Built:
+    """vLLM's module: bytes that making it left allocated, and at most; the base in 16 bits, where that was asked."""
 
     left: int = 0
     peak: int = 0
+    dequantized: Dequantized | None = None
 
 
-def register(weights: BaseWeights | None, adapter: EngineAdapter, architecture: str) -> BuildMemory:
+def register(
+    weights: BaseWeights | None, adapter: EngineAdapter, architecture: str, *, dequantize: bool = False
+) -> Built:
     """Teach vLLM the load format and the quantization for the next engine of this process.
 
     `architecture`: the name of transformers' class, whose vLLM twin is imported here. The weights are reached by
@@ -101,10 +143,10 @@ def register(weights: BaseWeights | None, adapter: EngineAdapter, architecture: 
     known = ModelRegistry.models.get(architecture)
     if known is not None:  # a class is asked right here what it can do; a name, in a process that first imports vLLM
         ModelRegistry.register_model(architecture, known.load_model_cls())
-    memory = BuildMemory()
+    built = Built()
     if weights is not None:
-        _register_loader(weights, memory)
-    return memory
+        _register_loader(weights, built, dequantize)
+    return built
 
 
 def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter) -> None:
@@ -141,7 +183,7 @@ def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter) -> None
             return PlainMethod(part) if state is None else Nf4Method(part, state)
 
 
-def _register_loader(weights: BaseWeights, memory: BuildMemory) -> None:
+def _register_loader(weights: BaseWeights, built: Built, dequantize: bool) -> None:
     @register_model_loader(LOAD_FORMAT)
     class Loader(BaseModelLoader):  # pyright: ignore[reportUnusedClass]
         """Makes vLLM's module without weights and binds it to the trainer's."""
@@ -160,8 +202,10 @@ def _register_loader(weights: BaseWeights, memory: BuildMemory) -> None:
                 model = initialize_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             self.load_weights(model, model_config)
             process_weights_after_loading(model, model_config, device)
-            memory.left = torch.cuda.memory_allocated() - before
-            memory.peak = torch.cuda.max_memory_allocated() - before
+            built.left = torch.cuda.memory_allocated() - before
+            built.peak = torch.cuda.max_memory_allocated() - before
+            if dequantize:
+                built.dequantized = Dequantized(model)
             return model.eval()
 
 
