@@ -53,7 +53,12 @@ class Switch:
             setattr(module, self.name, before)
 
 
-SWITCHES = (Switch("loss head in torch", "reasoner.kernels.linear_logprobs", "PREFER_TRITON"),)
+SWITCHES = (
+    Switch("loss head in torch", "reasoner.kernels.linear_logprobs", "PREFER_TRITON"),
+    Switch("norms in torch", "reasoner.kernels.elementwise", "PREFER_NORM"),
+    Switch("rotary positions in torch", "reasoner.kernels.elementwise", "PREFER_ROTARY"),
+    Switch("SwiGLU in torch", "reasoner.kernels.elementwise", "PREFER_GATED"),
+)
 
 
 def examples_of(work: Work) -> list[Example]:

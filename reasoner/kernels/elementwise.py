@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-NORM, ROTARY, GATED = "norm", "rotary", "gated"
-# Those that runs on a card take, each once it was measured there.
-PREFERRED: frozenset[str] = frozenset()
+# Whether cards that can take the kernels do, by operation.
+PREFER_NORM = False
+PREFER_ROTARY = False
+PREFER_GATED = False
 
 
-def fast(operation: str, *tensors: Tensor) -> ModuleType | None:
-    """elementwise_triton if this operation on these tensors goes there, None: plain torch. Chosen here alone."""
-    if operation not in PREFERRED or not supported(*tensors):
+def fast(wanted: bool, *tensors: Tensor) -> ModuleType | None:
+    """elementwise_triton, where an operation that is wanted there goes with these tensors; None: plain torch."""
+    if not (wanted and supported(*tensors)):
         return None
     from reasoner.kernels import elementwise_triton
 
@@ -39,6 +40,11 @@ def supported(*tensors: Tensor) -> bool:
         and first.device.index == torch.cuda.current_device()  # Triton launches there
         and _card_supported(first.device.index)
     )
+
+
+def preferred() -> bool:
+    """Whether any operation goes to a kernel where it can."""
+    return PREFER_NORM or PREFER_ROTARY or PREFER_GATED
 
 
 @cache  # asked for in every layer

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reasoner.kernels.elementwise import GATED, NORM, ROTARY, fast
+from reasoner.kernels import elementwise
 from reasoner.models.attention import PACKED, packed_attention
 
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # whether it is gelu's tanh form
@@ -57,7 +57,7 @@ class Norm(Fused, nn.Module):
 
     def kernels(self, x: Tensor) -> Any:
         """The kernels, where they take this norm of x."""
-        return None if self.weight.requires_grad else fast(NORM, x, self.weight)
+        return None if self.weight.requires_grad else elementwise.fast(elementwise.PREFER_NORM, x, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] -> [.., D]."""
@@ -96,7 +96,7 @@ class MLP(Fused, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] -> [.., D]. Nobody but the product reads gate and up, so their gradients are written over them."""
-        kernels = fast(GATED, x)
+        kernels = elementwise.fast(elementwise.PREFER_GATED, x)
         if kernels is None:
             return super().forward(x)
         return self.down_proj(kernels.gated(self.gate_proj(x), self.up_proj(x), tanh=self.tanh, overwrite=True))
@@ -109,7 +109,7 @@ class HalvedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] -> [.., D]."""
-        kernels = fast(GATED, x)
+        kernels = elementwise.fast(elementwise.PREFER_GATED, x)
         if kernels is None:
             return super(MLP, self).forward(x)
         return self.down_proj(kernels.gated_halves(self.gate_up_proj(x), tanh=self.tanh, overwrite=True))
@@ -136,7 +136,7 @@ class Attention(Fused, nn.Module):
         kernels = None
         cached = any(given.get(name) is not None for name in CACHES)
         if self.config._attn_implementation == PACKED and len(hidden_states) == 1 and not cached:
-            kernels = fast(ROTARY, hidden_states, *position_embeddings)
+            kernels = elementwise.fast(elementwise.PREFER_ROTARY, hidden_states, *position_embeddings)
         if kernels is None:
             return super().forward(hidden_states, position_embeddings=position_embeddings, **given)
         query, key, value = (part.transpose(1, 2) for part in self._projected(hidden_states))

@@ -17,7 +17,6 @@ from reasoner.errors import ModelError
 from reasoner.models import adapters, gguf, scratch, sources, weights
 from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import Family, family_of
-from reasoner.models.fused import fuse
 from reasoner.models.policy import Policy
 
 PROBE_TOKENS = 8
@@ -118,8 +117,6 @@ def _load_base(
     base, buffers = weights.read(model, tokenizer, device)
     base.requires_grad_(False)
     family = family_of(base.config)
-    if family.fused and device.type == "cuda":
-        fuse(base, family.name)
     revision = None if model.gguf or model.scratch else sources.locate(model).revision
     _check_head(base, tokenizer, model.name)
     # An embedding gives its padding_idx no gradient. Packed rows hold no padding, and where pad = eos the token is one

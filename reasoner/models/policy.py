@@ -27,6 +27,7 @@ from reasoner.models.attention import Layout
 from reasoner.models.base_weights import BaseWeights
 from reasoner.models.beside import save_beside
 from reasoner.models.families import Family
+from reasoner.models.fused import fuse
 from reasoner.models.weights import quiet
 
 REFERENCE = "reference."
@@ -75,6 +76,8 @@ class Policy:
         self._reference: dict[str, Tensor] | None = None
         if weights is not None:
             join(model, weights)
+        if family.fused and self.device.type == "cuda":
+            fuse(self.base, family.name)
         self.eval()
 
     @property
@@ -97,7 +100,7 @@ class Policy:
         return (f"{self.family.name} {why}: its sequences run one a pass, which is slower", *self._notes_on_kernels())
 
     def _notes_on_kernels(self) -> tuple[str, ...]:
-        if self.family.fused or self.device.type != "cuda" or not elementwise.PREFERRED:
+        if self.family.fused or self.device.type != "cuda" or not elementwise.preferred():
             return ()
         return (f"{self.family.name} has no kernels between its matmuls: that part runs in plain torch",)
 

@@ -86,7 +86,8 @@ def counted(monkeypatch) -> list[str]:
             lambda *a, name=name, function=function, **k: calls.append(name) or function(*a, **k),
         )
     monkeypatch.setattr(elementwise, "supported", lambda *tensors: True)
-    monkeypatch.setattr(elementwise, "PREFERRED", frozenset({"norm", "rotary", "gated"}))
+    for name in ("PREFER_NORM", "PREFER_ROTARY", "PREFER_GATED"):
+        monkeypatch.setattr(elementwise, name, True)
     return calls
 
 
@@ -132,7 +133,7 @@ def test_what_kernels_do_not_take_is_transformers_own(monkeypatch):
     calls = counted(monkeypatch)
     policy.logprobs(make_batch(), temperature=1.0)
     assert set(calls) == {"rotate", "gated"}
-    monkeypatch.setattr(elementwise, "PREFERRED", frozenset({"rotary"}))
+    monkeypatch.setattr(elementwise, "PREFER_GATED", False)
     calls.clear()
     policy.base.set_attn_implementation("sdpa")
     with torch.no_grad():

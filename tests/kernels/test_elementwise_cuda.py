@@ -10,15 +10,18 @@ import torch
 
 from reasoner.kernels import elementwise
 from reasoner.models.attention import Layout
-from reasoner.models.families import FAMILIES
-from reasoner.models.fused import fuse
+from reasoner.models.families import FAMILIES, family_of
 from reasoner.models.policy import Policy
 from tests.models.tiny_models import Batch, gradients, lora_of, make_batch, make_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FUSED = [name for name, row in FAMILIES.items() if row.fused]
-ALL = frozenset({elementwise.NORM, elementwise.ROTARY, elementwise.GATED})
+
+
+def prefer(wanted: bool, monkeypatch) -> None:
+    for name in ("PREFER_NORM", "PREFER_ROTARY", "PREFER_GATED"):
+        monkeypatch.setattr(elementwise, name, wanted)
 
 
 @pytest.fixture
@@ -147,11 +150,9 @@ def test_a_model_with_kernels_errs_like_the_plain_one(family, monkeypatch):
         there = Policy(copy.deepcopy(policy.model).to("cuda"), policy.family, revision=None)
         policy.model.to(torch.float32)  # of the rounded weights
         truth = numbers(policy, batch)
-        monkeypatch.setattr(elementwise, "PREFERRED", frozenset())
+        prefer(False, monkeypatch)
         plain = numbers(there, batch)
-        fuse(there.base, family)
-        assert all(torch.equal(one, other) for one, other in zip(numbers(there, batch), plain, strict=True))
-        monkeypatch.setattr(elementwise, "PREFERRED", ALL)
+        prefer(True, monkeypatch)
         fused = numbers(there, batch)
         assert not torch.equal(fused[0], plain[0])
         for name, found in (("plain", plain), ("fused", fused)):
@@ -167,6 +168,14 @@ def test_a_model_with_kernels_in_float32_is_the_plain_one(family, monkeypatch):
     batch = make_batch()
     truth = numbers(policy, batch)
     there = Policy(copy.deepcopy(policy.model).to("cuda"), policy.family, revision=None)
-    fuse(there.base, family)
-    monkeypatch.setattr(elementwise, "PREFERRED", ALL)
+    prefer(True, monkeypatch)
     assert max(error(numbers(there, batch), truth)) < 2e-4
+
+
+def test_a_family_without_kernels_says_so_where_they_are_used(monkeypatch):
+    policies = {name: make_policy(name).model.to("cuda") for name in ("llama", "cohere")}
+    for wanted in (False, True):
+        prefer(wanted, monkeypatch)
+        notes = {name: Policy(model, family_of(model.config), revision=None).notes for name, model in policies.items()}
+        assert notes["llama"] == () and len(notes["cohere"]) == wanted
+    assert "cohere" in notes["cohere"][0]
