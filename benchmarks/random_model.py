@@ -26,6 +26,18 @@ QWEN2: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {  # SmolLM2-135M, as a Qwen2
+        **QWEN2,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "1.5b": {  # Qwen2.5-1.5B
         **QWEN2,
         "hidden_size": 1536,
