@@ -157,8 +157,10 @@ def make_parts(config: Config, tokenizer_name: str, console: Console) -> Parts:
     plan = plan_memory(config, policy, max_context=context) if name == "vllm" else None
     for line in plan.lines() if plan else ():
         console.say(line)
-    longest, kv_bytes = (plan.longest, plan.kv_bytes) if plan else (context, 0)
-    engine = make_engine(name, config, policy, task.template.decode, max_context=longest, kv_bytes=kv_bytes)
+    sizes: Any = {"max_context": context}
+    if plan:
+        sizes = {"max_context": plan.longest, "kv_bytes": plan.kv_bytes, "dequantize": plan.dequantized > 0}
+    engine = make_engine(name, config, policy, task.template.decode, **sizes)
     return Parts(config, tokenizer, task, rewards, policy, engine, stops, Evaluator(config, rewards, stops), plan)
 
 
