@@ -7,12 +7,14 @@ Four records, each made once from the one before:
     TrainBatch     + what forward passes before the first update gave, where the step has such: what a loss is made on
     LossInputs     the trained tokens of a micro-batch (losses.py)
 
-Left out: padding, and sharing a prompt between its completions (that would be another Layout).
+Completions of one prompt each have its tokens before them: index t speaks of token t, in every vector. That a pass
+computes them once is the layout's matter (`Layout.shared`), and shows here in what a piece of a batch costs alone.
+Left out: padding.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Self
 
 import torch
@@ -27,6 +29,12 @@ from reasoner.types import Completion, Group, Prompt
 from reasoner.update import StepCounts
 
 PER_SEQUENCE = {"per": "sequence"}
+# A copy of a prompt's token has its keys and values moved through memory in each layer, there and back. By arithmetic
+# that takes less than 3% of the time of the matmuls it saves, also in small models, where keys are a larger part. So a
+# prompt is shared if that saves at least one token in 32.
+SHARED_FROM = 32
+# Tokens that a piece may hold with the copies, by the tokens that it computes: bounds the memory of keys and values.
+WITH_COPIES = 2
 Row = tuple[Prompt, Completion, tuple[bool, ...]]  # the last: which completion tokens are trained
 
 
@@ -54,9 +62,11 @@ class PackedBatch:
     def split(self, max_tokens: int) -> list[Self]:
         """Whole sequences, in order, in pieces of at most max_tokens; a longer sequence is a piece of its own.
 
-        Without sequences there are no pieces. Tensors are views; what speaks of the whole step stays.
+        A prompt that a piece's sequences share counts once, and its copies up to as much again. A cut between them
+        leaves each side a prompt of its own. Without sequences there are no pieces. Tensors are views; what speaks of
+        the whole step stays.
         """
-        return [self._piece(first, last) for first, last in _cuts(self.layout.lengths, max_tokens)]
+        return [self._piece(first, last) for first, last in _cuts(self.layout, max_tokens)]
 
     def _piece(self, first: int, last: int) -> Self:
         begins = [0, *accumulate(self.layout.lengths)]
@@ -66,7 +76,9 @@ class PackedBatch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, layout=Layout.of(self.layout.lengths[sequences], self.token_ids.device), **tensors)
+        shared = (0, *self.layout.shared[first + 1 : last])
+        layout = Layout.of(self.layout.lengths[sequences], self.token_ids.device, shared=shared)
+        return replace(self, layout=layout, **tensors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,9 +126,12 @@ def train_batch(batch: RolloutBatch, *, old_logprobs: Tensor | None, ref_logprob
     return TrainBatch(**rollout, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
 
 
-def pack(groups: Sequence[Group], device: torch.device | str | None = None) -> PackedBatch:
+def pack(
+    groups: Sequence[Group], device: torch.device | str | None = None, *, share_prompts: bool = False
+) -> PackedBatch:
     """Every completion of every group, in order, all its sampled tokens trained: what `kl.sequence_kl` goes through."""
-    return PackedBatch(**_packed([(group.prompt, c, c.sampled) for group in groups for c in group.completions], device))
+    rows = [(group.prompt, c, c.sampled) for group in groups for c in group.completions]
+    return PackedBatch(**_packed(rows, device, share_prompts))
 
 
 def collate(
@@ -126,13 +141,15 @@ def collate(
     max_completion_tokens: int,
     drop_dead: bool,
     device: torch.device | str | None = None,
+    share_prompts: bool = False,
 ) -> RolloutBatch:
     """The step's completions as one packed batch, and the counts that its loss is divided by. Every rank has to call.
 
     The sampled tokens of a completion are trained. With `mask_cut` those of a completion that hit the limit are not,
     and it counts for nothing. The counts are taken from all completions, failed and dead ones too, and only then rows
     leave: those without a trained token, and with `drop_dead` those whose advantage is exactly 0 (their loss is 0; keep
-    them where KL or entropy is in the loss). So a batch may have no sequences at all.
+    them where KL or entropy is in the loss). So a batch may have no sequences at all. With `share_prompts` the layout
+    says which of those that are left begin with the same prompt, where computing it once pays.
     """
     rows: list[tuple[Row, float]] = []
     for group in judged:
@@ -149,7 +166,7 @@ def collate(
         for value in (0.0,) * len(prompt.token_ids) + completion.sampling_logprobs
     ]
     return RolloutBatch(
-        **_packed([row for row, _ in kept], device),
+        **_packed([row for row, _ in kept], device, share_prompts),
         sampling_logprobs=torch.tensor(sampling, dtype=torch.float32).to(device),
         advantages=torch.tensor([advantage for _, advantage in kept], dtype=torch.float32).to(device),
         counts=counts,
@@ -180,16 +197,18 @@ def trained_sequences(batch: PackedBatch) -> Tensor:
     return batch.trained(batch.layout.sequence_ids)
 
 
-def _cuts(lengths: Sequence[int], max_tokens: int) -> Iterator[tuple[int, int]]:
-    """Greedy runs first..last-1 of sequences with at most max_tokens together, or one that is longer."""
-    first, tokens = 0, 0
-    for i, length in enumerate(lengths):
-        if i > first and tokens + length > max_tokens:
+def _cuts(layout: Layout, max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Greedy runs first..last-1 of sequences with at most max_tokens of their own together, and WITH_COPIES as many
+    with copies, or one that is longer."""
+    first, own, whole = 0, 0, 0
+    for i, (length, shared) in enumerate(zip(layout.lengths, layout.shared, strict=True)):
+        if i > first and (own + length - shared > max_tokens or whole + length > WITH_COPIES * max_tokens):
             yield first, i
-            first, tokens = i, 0
-        tokens += length
-    if first < len(lengths):
-        yield first, len(lengths)
+            first, own, whole = i, 0, 0
+        own += length - (shared if i > first else 0)
+        whole += length
+    if first < layout.num_sequences:
+        yield first, layout.num_sequences
 
 
 def _step_counts(rows: Sequence[Row], num_groups: int, max_completion_tokens: int) -> StepCounts:
@@ -200,7 +219,7 @@ def _step_counts(rows: Sequence[Row], num_groups: int, max_completion_tokens: in
     )
 
 
-def _packed(rows: Sequence[Row], device: torch.device | str | None) -> dict[str, Any]:
+def _packed(rows: Sequence[Row], device: torch.device | str | None, share_prompts: bool) -> dict[str, Any]:
     ids: list[int] = []
     mask: list[bool] = []
     for prompt, completion, trained in rows:
@@ -210,6 +229,17 @@ def _packed(rows: Sequence[Row], device: torch.device | str | None) -> dict[str,
     lengths = [len(prompt.token_ids) + len(completion.token_ids) for prompt, completion, _ in rows]
     return {
         "token_ids": torch.tensor(ids, dtype=torch.int64).to(device),
-        "layout": Layout.of(lengths, device),
+        "layout": Layout.of(lengths, device, shared=_shared(rows) if share_prompts else None),
         "completion_mask": torch.tensor(mask, dtype=torch.bool).to(device),
     }
+
+
+def _shared(rows: Sequence[Row]) -> list[int]:
+    """`Layout.shared` of the rows: neighbours whose prompts have the same ids share them, where that pays."""
+    found: list[int] = []
+    for ids, run in groupby(rows, key=lambda row: row[0].token_ids):
+        lengths = [len(ids) + len(completion.token_ids) for _, completion, _ in run]
+        pays = SHARED_FROM * len(ids) * (len(lengths) - 1) >= sum(lengths)
+        # A sequence computes at least one token, also where nothing was sampled.
+        found += [0, *(min(len(ids), length - 1) for length in lengths[1:])] if pays else [0] * len(lengths)
+    return found

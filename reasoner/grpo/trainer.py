@@ -144,7 +144,7 @@ class GRPOTrainer:
 
     def _judge(self, groups: Sequence[Group]) -> list[JudgedGroup]:
         if self.kl_in_reward:
-            batch = pack(groups, self.policy.device)
+            batch = pack(groups, self.policy.device, share_prompts=self.policy.shares_prompts)
             kl = sequence_kl(batch, self._logprobs(batch), self._reference_logprobs(batch))
             groups = penalized(groups, kl, self.settings.kl_coef)
         return judge(groups, advantage=self.settings.advantage, scale=self.settings.advantage_scale)
@@ -156,6 +156,7 @@ class GRPOTrainer:
             max_completion_tokens=self.settings.max_completion_tokens,
             drop_dead=not self.kl_in_loss and self.settings.entropy_coef == 0,
             device=self.policy.device,
+            share_prompts=self.policy.shares_prompts,
         )
         return train_batch(
             batch,

@@ -28,6 +28,7 @@ from reasoner.models.base_weights import BaseWeights
 from reasoner.models.beside import save_beside
 from reasoner.models.families import Family
 from reasoner.models.fused import fuse
+from reasoner.models.sharing import Sharing
 from reasoner.models.weights import quiet
 
 REFERENCE = "reference."
@@ -105,6 +106,11 @@ class Policy:
         return (f"{self.family.name} has no kernels between its matmuls: that part runs in plain torch",)
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether a prefix that sequences share is computed once: where they can lie in one row."""
+        return self.family.packs
+
+    @property
     def device(self) -> torch.device:
         """Where the head is, and where batches must be."""
         return self.head_weight.device
@@ -118,19 +124,21 @@ class Policy:
         """log p(token t | its sequence before t), and the entropy there: [N], 0.0 where the mask is False.
 
         Of softmax(logits / temperature) over the head's whole vocabulary; float32 (float64 from a float64 model). Only
-        the hidden rows before a masked token meet the head, so prompts cost no vocabulary matmul. Differentiable unless
-        torch.no_grad is on.
+        the hidden rows before a masked token meet the head, so prompts cost no vocabulary matmul, and a prefix that the
+        layout says sequences share is computed once. Differentiable unless torch.no_grad is on.
         """
         targets = batch.completion_mask.nonzero()[:, 0]
         assert bool((batch.layout.positions[targets] > 0).all()), (
             "a sequence's first token has nothing before it to predict it"
         )
+        sharing = batch.layout.sharing() if self.shares_prompts else None
         try:
-            hidden = self._hidden(batch.token_ids, batch.layout)
+            hidden = self._hidden(batch.token_ids, batch.layout, sharing)
         finally:
             forget()
+        before = targets - 1  # of a completion's first token this is the prompt's last, whoever computed it
         found = linear_logprobs(
-            hidden.index_select(0, targets - 1),
+            hidden.index_select(0, before) if sharing is None else sharing.take(hidden, before),
             self.head_weight,
             batch.token_ids[targets],
             temperature=temperature,
@@ -147,8 +155,8 @@ class Policy:
         layout = Layout.of([len(ids)], self.device)
         return self.logprobs(OneSequence(ids, layout, layout.positions > 0), temperature=1.0).logprobs[1:]
 
-    def _hidden(self, token_ids: Tensor, layout: Layout) -> Tensor:
-        """The last hidden states [N, D], each of its own sequence alone."""
+    def _hidden(self, token_ids: Tensor, layout: Layout, sharing: Sharing | None = None) -> Tensor:
+        """The last hidden states [N, D], each of its own sequence alone; with `sharing` [R, D], of what it computes."""
         backbone = getattr(self.base, self.base.base_model_prefix)
         if not self.family.packs:
             rows = [
@@ -156,14 +164,19 @@ class Policy:
                 for ids in token_ids.split(layout.lengths)
             ]
             return torch.cat(rows)
+        positions, asking, told = layout.positions, layout, {}
+        if sharing is not None:
+            token_ids, positions = token_ids[sharing.own], positions[sharing.own]
+            asking, told = sharing, {"sharing": sharing}
         return backbone(
             input_ids=token_ids[None],
-            position_ids=layout.positions[None],
+            position_ids=positions[None],
             use_cache=False,
-            cu_seq_lens_q=layout.cu_seqlens,
+            cu_seq_lens_q=asking.cu_seqlens,
             cu_seq_lens_k=layout.cu_seqlens,
-            max_length_q=layout.max_seqlen,
+            max_length_q=asking.max_seqlen,
             max_length_k=layout.max_seqlen,
+            **told,
         ).last_hidden_state[0]
 
     @property

@@ -11,6 +11,8 @@ from reasoner.models import attention
 from reasoner.models.attention import Layout
 from reasoner.models.loading import load_model, load_tokenizer
 from reasoner.models.policy import Policy
+from reasoner.models.sharing import Places
+from tests.models.test_sharing import learnt, shared_batch, unshared
 from tests.models.tiny_models import Batch, lora_of, make_batch, make_model, make_policy
 
 pytestmark = [
@@ -27,7 +29,7 @@ def run(policy: Policy, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprobs, and the gradient of the first projection's A."""
     there = Batch(
         batch.token_ids.to(policy.device),
-        Layout.of(batch.layout.lengths, policy.device),
+        Layout.of(batch.layout.lengths, policy.device, shared=batch.layout.shared),
         batch.completion_mask.to(policy.device),
     )
     found = policy.logprobs(there, temperature=1.0).logprobs
@@ -69,6 +71,58 @@ def test_c18_two_passes_on_the_card_give_the_same_bits() -> None:
     policy, batch = to_cuda(make_policy("llama", lora=lora_of("llama")), torch.bfloat16), make_batch()
     first, second = run(policy, batch)[0], run(policy, batch)[0]
     assert torch.equal(first, second)
+
+
+# Prompts longer than a window of 5, of one token and of a kernel's tile; a group of one, completions of one token.
+SHARED = shared_batch(((140, (200, 1, 64, 130)), (1, (33, 7)), (128, (128, 256)), (60, (40,)), (3, (300, 2, 1))))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text"])
+def test_c22_shared_prompts_in_bf16_err_like_bf16(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused and portable attention, against every sequence with its own copy in float32 and in bf16."""
+    policy = make_policy(family, lora=lora_of(family), head_dim=16, max_position_embeddings=512)
+    truth, twin = run(policy, unshared(SHARED)), run(to_cuda(policy, torch.bfloat16), unshared(SHARED))
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(attention, "varlen_supported", lambda *_: False)
+        for ours, other, true in zip(run(to_cuda(policy, torch.bfloat16), SHARED), twin, truth, strict=True):
+            cost = (other - true).square().mean().sqrt()
+            assert (ours - true).square().mean().sqrt() <= 1.5 * cost + 1e-3 * true.abs().max()
+            assert cost < 0.15 * true.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_c22_shared_prompts_in_float32_on_the_card_are_those_without_sharing_on_the_cpu(family: str) -> None:
+    policy = make_policy(family, lora=lora_of(family), max_position_embeddings=512)
+    for ours, true in zip(run(to_cuda(policy, torch.float32), SHARED), run(policy, unshared(SHARED)), strict=True):
+        torch.testing.assert_close(ours, true, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_c18_two_passes_of_shared_prompts_on_the_card_give_the_same_bits(family: str) -> None:
+    """Gradients under the plain formula: the fused kernel's own backward adds what several blocks say of a query in any
+    order, prompts shared or not."""
+    policy = to_cuda(make_policy(family, lora=lora_of(family), max_position_embeddings=512), torch.bfloat16)
+    layout = Layout.of(SHARED.layout.lengths, "cuda", shared=SHARED.layout.shared)
+    there = Batch(SHARED.token_ids.cuda(), layout, SHARED.completion_mask.cuda())
+    (first, its_gradients), (second, other) = learnt(policy, there), learnt(policy, there)
+    assert torch.equal(first.logprobs, second.logprobs) and torch.equal(first.entropy, second.entropy)
+    if family == "gemma2":
+        assert all(torch.equal(gradient, other[name]) for name, gradient in its_gradients.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_gradients_are_summed_once_and_in_one_order(dtype: torch.dtype) -> None:
+    """Sixteen takers a row, values whose sum in another order or in 16 bits is another."""
+    places = Places.of(torch.arange(16 * 512, device="cuda") % 512, 512)
+    draws = torch.Generator("cuda").manual_seed(0)
+    each = torch.randn(16 * 512, 2, 128, generator=draws, device="cuda").exp2().mul(100).to(dtype)
+    x = torch.zeros(512, 2, 128, device="cuda", dtype=dtype, requires_grad=True)
+    found = [torch.autograd.grad(places.take(x), x, each)[0] for _ in range(3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    truth = each.double().view(16, 512, 2, 128).sum(0)
+    rounding = torch.finfo(dtype).eps * (0.51 if dtype == torch.bfloat16 else 8)
+    assert ((found[0].double() - truth).abs() <= rounding * truth).all()
 
 
 def test_auto_is_bf16_under_an_adapter_and_float32_for_weights_that_learn(tmp_path: Path) -> None:

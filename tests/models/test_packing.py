@@ -223,10 +223,10 @@ def test_the_comparison_sees_broken_attention(monkeypatch: pytest.MonkeyPatch) -
         packed = policy.logprobs(batch, temperature=1.0).logprobs
         return float((packed - one_at_a_time(plain_twin(policy, family), batch)).detach().abs().max())
 
-    original = attention._buckets
-    monkeypatch.setattr(attention, "_buckets", lambda cu, device: original([0, cu[-1]], device))
+    original = attention._spans
+    monkeypatch.setattr(attention, "_spans", lambda ends: original(ends[[0, -1]]))
     assert error("llama") > 0.1
-    monkeypatch.setattr(attention, "_buckets", original)
+    monkeypatch.setattr(attention, "_spans", original)
     kept = attention.Scores
     monkeypatch.setattr(attention, "Scores", lambda scale, window, cap, sinks: kept(scale, None, cap, sinks))
     assert error("mistral") > 0.1
@@ -237,5 +237,5 @@ def test_the_comparison_sees_broken_attention(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_lengths_cover_several_buckets() -> None:
-    shapes = [shape for _, _, shape in attention._buckets(Layout.of(LENGTHS).cu_seqlens.tolist(), torch.device("cpu"))]
-    assert sorted(shapes) == [(1, 2), (1, 7), (1, 30), (2, 1), (2, 13)]
+    spans = attention._spans(Layout.of(LENGTHS).cu_seqlens)
+    assert sorted(attention._buckets(spans, spans)) == [[0, 3], [1], [2], [4, 5], [6]]
