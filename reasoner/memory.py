@@ -19,6 +19,7 @@ from reasoner.models.adapted_linear import forget
 from reasoner.models.attention import Layout
 from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
+from reasoner.worst_batch import longest_trained, worst_layout, worst_lengths
 
 GIB = 1 << 30
 ENGINE = GIB * 7 // 10  # of vLLM beside its cache: CUDA graphs, input buffers, slack; 0.65 was seen at 1.5B
@@ -235,26 +236,6 @@ def longest_sampled(config: Config, max_context: int) -> int:
     return min(max_context, max(practised, max(prompts) + evaluated))
 
 
-def worst_lengths(config: Config, stage: str, max_context: int, *, tokens: int | None = None) -> list[int]:
-    """The fullest micro-batch of a stage, as lengths of its sequences: `tokens`, else tokens_per_micro_batch.
-
-    >>> worst_lengths(config, "grpo", 2048)  # tokens_per_micro_batch=2048, 256 + 512 tokens
-    [768, 768, 512]
-    """
-    settings = getattr(config, stage)
-    prompt = data_of(config, settings.data, f"{stage}.data").max_prompt_tokens
-    longest = min(max_context, prompt + settings.max_completion_tokens)
-    rows = (
-        config.sft.examples_per_step
-        if stage == "sft"
-        else config.grpo.prompts_per_step * config.grpo.completions_per_prompt
-    )
-    whole, rest = divmod(tokens or settings.tokens_per_micro_batch, longest)
-    if whole >= rows or whole == 0:
-        return [longest] * min(rows, max(whole, 1))
-    return [longest] * whole + ([rest] if rest > 1 else [])
-
-
 def rehearse(config: Config, policy: Policy, *, max_context: int, room: int) -> dict[str, int]:
     """Bytes that the fullest micro-batch of each training stage takes above what is held now, gradients included.
 
@@ -268,26 +249,26 @@ def rehearse(config: Config, policy: Policy, *, max_context: int, room: int) -> 
         for stage in _training_stages(config):
             policy.train_mode(dropout=stage == "sft")
             free = _free_bytes(policy.device)
-            lengths = worst_lengths(config, stage, max_context)
-            found = peak_bytes(policy, lengths, entropy=_entropy_learns(config, stage))
+            worst = worst_layout(config, stage, max_context, shares=policy.shares_prompts)
+            found = peak_bytes(policy, worst, entropy=_entropy_learns(config, stage))
             if undecided and (found is None or found > room):
                 undecided = False
                 recompute_layers(policy.base, config.model.name)
                 policy.train_mode(dropout=stage == "sft")
-                found = peak_bytes(policy, lengths, entropy=_entropy_learns(config, stage))
+                found = peak_bytes(policy, worst, entropy=_entropy_learns(config, stage))
             if found is None:
-                raise OutOfMemory(_smaller(config, policy, stage, lengths, free=free, room=room))
+                raise OutOfMemory(_smaller(config, policy, stage, max_context, free=free, room=room))
             peaks[stage] = found
     finally:
         policy.eval()
     return peaks
 
 
-def peak_bytes(policy: Policy, lengths: list[int], *, entropy: bool) -> int | None:
+def peak_bytes(policy: Policy, layout: Layout, *, entropy: bool) -> int | None:
     """Bytes above what is held now, at the peak of two micro-batches in a row; None if they are too many.
 
-    The second one runs beside the first one's gradients, as it does in a step. Every token but each sequence's first
-    is trained: prompts may be that short.
+    The second one runs beside the first one's gradients, as it does in a step. Every token that is computed, but each
+    sequence's first, is trained: prompts may be that short.
     """
     device = policy.device
     on_card = device.type == "cuda"
@@ -296,9 +277,10 @@ def peak_bytes(policy: Policy, lengths: list[int], *, entropy: bool) -> int | No
         torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device) if on_card else 0
     try:
-        ids = torch.arange(sum(lengths), device=device) % policy.head_weight.shape[0]
-        layout = Layout.of(lengths, device)
-        batch = PackedBatch(token_ids=ids, layout=layout, completion_mask=layout.positions > 0)
+        there = Layout.of(layout.lengths, device, shared=layout.shared)
+        ids = torch.arange(sum(layout.lengths), device=device) % policy.head_weight.shape[0]
+        firsts = torch.tensor(layout.shared, device=device)[there.sequence_ids].clamp(min=1)
+        batch = PackedBatch(token_ids=ids, layout=there, completion_mask=there.positions >= firsts)
         with torch.random.fork_rng(devices=[device] if on_card else []):
             for _ in range(2):
                 found = policy.logprobs(batch, temperature=1.0)
@@ -312,15 +294,15 @@ def peak_bytes(policy: Policy, lengths: list[int], *, entropy: bool) -> int | No
             weight.grad = None
 
 
-def _smaller(config: Config, policy: Policy, stage: str, lengths: list[int], *, free: int, room: int) -> str:
+def _smaller(config: Config, policy: Policy, stage: str, max_context: int, *, free: int, room: int) -> str:
     """The line that names what was too large and what fits."""
-    key, longest = f"{stage}.tokens_per_micro_batch", lengths[0]
+    key, longest = f"{stage}.tokens_per_micro_batch", longest_trained(config, stage, max_context)
     asked = getattr(config, stage).tokens_per_micro_batch
     was = f"{key}={asked} is out of memory ({free / GIB:.2f} GiB were free)"
-    tokens = sum(lengths)
+    tokens = sum(worst_lengths(config, stage, max_context))
     while tokens > longest:
         tokens = max(longest, tokens // 2)
-        cut = worst_lengths(config, stage, longest, tokens=tokens)
+        cut = worst_layout(config, stage, max_context, shares=policy.shares_prompts, tokens=tokens)
         found = peak_bytes(policy, cut, entropy=_entropy_learns(config, stage))
         if found is not None and found <= room:
             return f"{was}: set {key}={tokens}, which fits{_savings(config)}"

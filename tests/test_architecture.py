@@ -23,7 +23,8 @@ LEVELS = """
     models
     checkpoint optimizer_state resume
     rollout update grpo sft evaluate
-    results summary report memory assembly rescoring reward stages run pipeline evaluation chat export serve __main__
+    results summary report worst_batch memory
+    assembly rescoring reward stages run pipeline evaluation chat export serve __main__
 """
 ORDER = LEVELS.split()
 STRANGERS = ("kernels", "rewards", "rollout")  # never import one another

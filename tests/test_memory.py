@@ -13,6 +13,7 @@ from reasoner import memory
 from reasoner.compose import compose_conf
 from reasoner.config import Config, Lora, validate
 from reasoner.errors import ModelError, OutOfMemory
+from reasoner.grpo.batch import PackedBatch
 from reasoner.kernels import linear_logprobs, tiles
 from reasoner.memory import (
     GIB,
@@ -26,10 +27,11 @@ from reasoner.memory import (
     peak_bytes,
     plan_memory,
     rehearse,
-    worst_lengths,
 )
 from reasoner.models import adapters
+from reasoner.models.attention import Layout
 from reasoner.models.policy import Policy, _recomputes
+from reasoner.worst_batch import worst_layout, worst_lengths
 from tests.models.tiny_models import lora_of, make_config, make_model, make_policy
 
 MIB = 1 << 20
@@ -234,6 +236,27 @@ def test_the_fullest_micro_batch(overrides: list[str], context: int, lengths: li
 def test_the_fullest_micro_batch_of_sft_is_its_own():
     config = conf("card=8", "sft.max_completion_tokens=300", "sft.data.max_prompt_tokens=100", name="gsm8k_base")
     assert worst_lengths(config, "sft", CONTEXT) == [400] * 10 + [96]
+    worst = worst_layout(config, "sft", CONTEXT, shares=True)
+    assert list(worst.lengths) == [400] * 10 + [96] and not any(worst.shared)
+
+
+@pytest.mark.parametrize("tokens", [768, 769, 1537, 2048, 24_576, 98_303])
+def test_the_fullest_micro_batch_holds_as_many_copies_as_a_cut_lets_in(tokens: int):
+    """All tokens of the budget are computed, as many again (of 128 sequences as many as there are) are copies."""
+    config = conf("card=8", f"grpo.tokens_per_micro_batch={tokens}")
+    worst = worst_layout(config, "grpo", CONTEXT, shares=True)
+    assert own_tokens(worst) == tokens and sum(worst.lengths) == min(2 * tokens, 128 * 768)
+    assert max(worst.lengths) <= 768
+    batch = PackedBatch(torch.zeros_like(worst.positions), worst, worst.positions > 0)
+    assert len(batch.split(tokens)) == 1 and len(batch.split(tokens - 1)) == 2
+    alone = worst_layout(config, "grpo", CONTEXT, shares=False)
+    assert list(alone.lengths) == worst_lengths(config, "grpo", CONTEXT) and not any(alone.shared)
+
+
+@pytest.mark.parametrize("override", ["grpo.tokens_per_micro_batch=1000000", "grpo.prompts_per_step=1"])
+def test_the_fullest_micro_batch_of_a_step_that_fits_has_no_copies(override: str):
+    worst = worst_layout(conf("card=24", override), "grpo", CONTEXT, shares=True)
+    assert len(set(worst.lengths)) == 1 and not any(worst.shared)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +325,10 @@ def test_the_table():
     }
 
 
+def own_tokens(layout: Layout) -> int:
+    return sum(layout.lengths) - sum(layout.shared)
+
+
 class SmallCard(Policy):
     """A policy on a card that runs out at some tokens: the CPU itself would be killed."""
 
@@ -309,8 +336,8 @@ class SmallCard(Policy):
     seen: tuple[int, ...] = ()
 
     def logprobs(self, batch: Any, *, temperature: float) -> Any:
-        self.seen += (batch.token_ids.numel(),)
-        if batch.token_ids.numel() > self.most_tokens:
+        self.seen += (own_tokens(batch.layout),)
+        if own_tokens(batch.layout) > self.most_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().logprobs(batch, temperature=temperature)
 
@@ -343,9 +370,9 @@ def test_layers_recompute_only_where_the_worst_micro_batch_does_not_fit_without(
     assert config.model.gradient_checkpointing == "auto"
     sizes = {50: 3, 64: 5}  # bytes without recomputing; with, 1
 
-    def measured(policy: Policy, lengths: list[int], *, entropy: bool) -> int:
+    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int:
         assert all(part.training for part in policy.model.modules() if _recomputes(part))
-        return 1 if policy.recomputes else sizes[sum(lengths)]
+        return 1 if policy.recomputes else sizes[own_tokens(layout)]
 
     monkeypatch.setattr(memory, "peak_bytes", measured)
     for room, peaks in ((5, {"sft": 3, "grpo": 5}), (4, {"sft": 3, "grpo": 1}), (2, {"sft": 1, "grpo": 1})):
@@ -364,7 +391,7 @@ def test_the_second_of_two_micro_batches_runs_beside_the_firsts_gradients():
     policy.logprobs = lambda *a, **k: (  # type: ignore[method-assign]
         gradients_there.append(all(w.grad is not None for w in policy.trainable().values())) or logprobs(*a, **k)
     )
-    assert peak_bytes(policy, [30, 20], entropy=True) == 0
+    assert peak_bytes(policy, Layout.of([30, 20]), entropy=True) == 0
     assert gradients_there == [False, True]
 
 
@@ -423,7 +450,7 @@ LOSS_HEAD = {
 def test_on_a_card_the_rehearsal_measures_and_leaves_no_trace(by_triton: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(linear_logprobs, "PREFER_TRITON", by_triton)
     config, policy = conf("card=8", name="gsm8k_base"), on_cuda()
-    peak_bytes(policy, [768], entropy=False)  # libraries take their workspaces
+    peak_bytes(policy, Layout.of([768]), entropy=False)  # libraries take their workspaces
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     held = torch.cuda.memory_allocated()
     peaks = rehearse(config, policy, max_context=4096, room=GIB)
@@ -434,7 +461,8 @@ def test_on_a_card_the_rehearsal_measures_and_leaves_no_trace(by_triton: bool, m
     gradients = sum(weight.nbytes for weight in policy.trainable().values())
     for peak in peaks.values():
         assert hidden + gradients < peak < 60 * hidden + gradients + LOSS_HEAD[by_triton]
-    assert peak_bytes(policy, [768] * 10, entropy=False) > peak_bytes(policy, [768] * 5, entropy=False)
+    peaks = [peak_bytes(policy, Layout.of([768] * count), entropy=False) for count in (5, 10)]
+    assert None not in peaks and peaks[0] < peaks[1]
 
 
 @on_a_card
@@ -449,7 +477,8 @@ def test_on_a_card_out_of_memory_is_one_line_with_a_size_that_fits():
     assert f"grpo.tokens_per_micro_batch={absurd} is out of memory" in said and "\n" not in said
     fits = int(said.split("set grpo.tokens_per_micro_batch=")[1].split(",")[0])
     policy.train_mode(dropout=False)
-    found = peak_bytes(policy, worst_lengths(config, "grpo", 4096, tokens=fits), entropy=False)
+    worst = worst_layout(config, "grpo", 4096, shares=True, tokens=fits)
+    found = peak_bytes(policy, worst, entropy=False)
     assert found is not None and found <= GIB
 
 

@@ -13,6 +13,7 @@ from reasoner import config
 from reasoner.memory import peak_bytes
 from reasoner.models import adapted_linear, adapters, base_model
 from reasoner.models.adapted_linear import Adapted, AdaptedLinear, Frozen
+from reasoner.models.attention import Layout
 from reasoner.models.families import family_of
 from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
@@ -181,6 +182,6 @@ def test_a_pass_that_ran_out_of_memory_between_siblings_leaves_nothing(recompute
             return calm(x)
 
     mlp.act_fn = Full()
-    assert peak_bytes(ours, [8, 8], entropy=False) is None and len(calls) == 1 + recomputes
+    assert peak_bytes(ours, Layout.of([8, 8]), entropy=False) is None and len(calls) == 1 + recomputes
     gc.collect()
     assert all(one() is None for one in first) and not adapted_linear._unfinished
