@@ -87,6 +87,8 @@ class Ours:
         layers = [part for part in self.policy.model.modules() if isinstance(part, AdaptedLinear)]
         found = [self._row(f"{OURS}, {one.without}", without=one) for one in SWITCHES if one.there]
         found.append(self._row(f"{OURS}, nothing recomputed", prepare=lambda: set_recompute(self.policy, False)))
+        if DEVICE.type == "cuda":
+            found.append(self._row(f"{OURS}, inputs on the host", prepare=lambda: offload_inputs(self.policy)))
         if layers and self.policy.weights is not None:
             found.append(self._row(f"{OURS}, q/k/v and gate/up apart", prepare=lambda: part_siblings(layers)))
         if DEVICE.type == "cuda":
@@ -151,6 +153,11 @@ def set_recompute(policy: Policy, on: bool) -> None:
     for part in policy.model.modules():
         if isinstance(part, GradientCheckpointingLayer):
             part.gradient_checkpointing = False
+
+
+def offload_inputs(policy: Policy) -> None:
+    """Have layers that recompute keep their inputs on the host."""
+    recompute_layers(policy.base, "the model", offload=True)
 
 
 def part_siblings(layers: list[Any]) -> None:

@@ -76,7 +76,9 @@ class Model:
     max_context: PositiveInt | None = None  # tokens; none: what the model was made for
     eos_token: str | None = None  # where the tokenizer's own is wrong
     pad_token: str | None = None
-    gradient_checkpointing: bool | Literal["auto"] = False  # auto: where the worst micro-batch does not fit without
+    # true: layers keep their inputs alone and run again in the backward; offload: and those on the host; auto: as much
+    # of that as the worst micro-batch needs to fit
+    gradient_checkpointing: bool | Literal["auto", "offload"] = False
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -62,7 +62,9 @@ class MemoryPlan:
     kv_bytes: int  # the engine's cache; given back while training
     kv_token: int  # of it, one token
     longest: int  # tokens of prompt and completion in the longest sequence that is sampled
-    recomputes: bool = False  # layers run again in the backward, which the worst micro-batch counts on
+    # What the worst micro-batch counts on: layers run again in the backward, and keep their inputs on the host.
+    recomputes: bool = False
+    offloads: bool = False
 
     @property
     def always(self) -> int:
@@ -80,6 +82,10 @@ class MemoryPlan:
         """Together, without activations and gradients."""
         return self.always + self.dequantized + self.kv_bytes
 
+    @property
+    def _layers(self) -> str:
+        return f"{', layers recomputed' * self.recomputes}{', their inputs on the host' * self.offloads}"
+
     def parts_gib(self) -> dict[str, float]:
         """The parts and both sums in GiB, for summary.json."""
         names = ("total", "taken", "base", "second_base", "adapter", "optimizer", "engine", "keep_free", "training")
@@ -96,7 +102,7 @@ class MemoryPlan:
             ("weights that learn, and the engine's copy", self.adapter, self.adapter),
             ("optimizer", self.optimizer, self.optimizer),
             ("engine", self.engine, self.engine),
-            (f"worst micro-batch{', layers recomputed' * self.recomputes}", self.training, 0),
+            (f"worst micro-batch{self._layers}", self.training, 0),
             ("base in 16 bits (rollout.dequantize)", 0, self.dequantized),
             ("the engine's cache", 0, self.kv_bytes),
             ("kept free (rollout.keep_free_gib)", self.keep_free, self.keep_free),
@@ -128,7 +134,7 @@ def plan_memory(config: Config, policy: Policy, *, max_context: int) -> MemoryPl
     before = parts()
     peaks = rehearse(config, policy, max_context=max_context, room=before.total - before.always)
     # CUDA itself took a little more for the kernels that ran.
-    return replace(divide(config, parts(), peaks), recomputes=policy.recomputes)
+    return replace(divide(config, parts(), peaks), recomputes=policy.recomputes, offloads=policy.offloads)
 
 
 def held_by(policy: Policy, *, share_base: bool) -> Held:
@@ -240,20 +246,20 @@ def rehearse(config: Config, policy: Policy, *, max_context: int, room: int) -> 
     """Bytes that the fullest micro-batch of each training stage takes above what is held now, gradients included.
 
     Nothing is learnt: no gradient stays and random states are as before. With model.gradient_checkpointing=auto, layers
-    recompute from the first stage on that does not fit into `room` bytes without. Raises OutOfMemory, with a size that
-    fits into `room`, if a stage's own does not fit on the card.
+    recompute from the first stage on that does not fit into `room` bytes without, and keep their inputs on the host
+    from the first on that still does not. Raises OutOfMemory, with a size that fits into `room`, if a stage's own does
+    not fit on the card.
     """
     peaks: dict[str, int] = {}
-    undecided = config.model.gradient_checkpointing == "auto"
+    savings = [False, True] if config.model.gradient_checkpointing == "auto" else []  # of `offload`
     try:
         for stage in _training_stages(config):
             policy.train_mode(dropout=stage == "sft")
             free = _free_bytes(policy.device)
             worst = worst_layout(config, stage, max_context, shares=policy.shares_prompts)
             found = peak_bytes(policy, worst, entropy=_entropy_learns(config, stage))
-            if undecided and (found is None or found > room):
-                undecided = False
-                recompute_layers(policy.base, config.model.name)
+            while savings and (found is None or found > room):
+                recompute_layers(policy.base, config.model.name, offload=savings.pop(0))
                 policy.train_mode(dropout=stage == "sft")
                 found = peak_bytes(policy, worst, entropy=_entropy_learns(config, stage))
             if found is None:
@@ -338,8 +344,9 @@ def _too_little(what: str, needed: int, plan: MemoryPlan, remedy: str) -> ModelE
 def _savings(config: Config) -> str:
     """What is not switched on already, to end a remedy with."""
     found = [] if config.rollout.share_base else ["rollout.share_base=true"]
-    if config.model.gradient_checkpointing is False:
-        found.append("model.gradient_checkpointing=true")
+    if config.model.gradient_checkpointing in (True, False):
+        further = "offload" if config.model.gradient_checkpointing else "true"
+        found.append(f"model.gradient_checkpointing={further}")
     if config.model.lora and config.model.quantize == "none":
         found.append("model.quantize=nf4")
     return f", or set {' or '.join(found)}" if found else ""

@@ -179,7 +179,7 @@ class Updater:
             if self.tokens_per_micro_batch <= longest:
                 raise OutOfMemory(
                     f"out of memory with a single sequence of {longest} tokens: lower grpo.max_completion_tokens "
-                    "or data.max_prompt_tokens, or set model.gradient_checkpointing=true"
+                    "or data.max_prompt_tokens, or set model.gradient_checkpointing=offload"
                 )
             self.tokens_per_micro_batch = max(longest, self.tokens_per_micro_batch // 2)
             self.say(f"out of memory: the step is redone with tokens_per_micro_batch={self.tokens_per_micro_batch}")

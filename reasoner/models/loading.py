@@ -6,7 +6,7 @@ don't know. Left out: reading the weights (weights.py) and code from a model's r
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from reasoner.errors import ModelError
 from reasoner.models import adapters, gguf, scratch, sources, weights
 from reasoner.models.base_weights import BaseWeights
 from reasoner.models.families import Family, family_of
+from reasoner.models.offload import Offload, Offloaded
 from reasoner.models.policy import Policy
 
 PROBE_TOKENS = 8
@@ -114,6 +115,11 @@ def _load_base(
     model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[PreTrainedModel, BaseWeights | None, Family, str | None]:
     """The base, frozen; the buffers it looks at; its family; the hub's commit."""
+    if model.gradient_checkpointing == "offload" and device.type != "cuda":
+        raise ModelError(
+            f"model.gradient_checkpointing=offload moves what layers keep from a GPU to the host, and the model is on "
+            f"{device}: set it to true"
+        )
     base, buffers = weights.read(model, tokenizer, device)
     base.requires_grad_(False)
     family = family_of(base.config)
@@ -124,18 +130,30 @@ def _load_base(
     cast(torch.nn.Embedding, base.get_input_embeddings()).padding_idx = None
     if not family.known:
         _probe(Policy(base, family, revision=revision), weights.dtype_of(model, device))
-    if model.gradient_checkpointing is True:
-        recompute_layers(base, model.name)
+    if model.gradient_checkpointing in (True, "offload"):
+        recompute_layers(base, model.name, offload=model.gradient_checkpointing == "offload")
     return base, buffers, family, revision
 
 
-def recompute_layers(base: PreTrainedModel, name: str) -> None:
-    """Each layer keeps its input alone and runs again in the backward. Raises ModelError where layers can't."""
-    if not any(isinstance(part, GradientCheckpointingLayer) for part in base.modules()):
+def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False) -> None:
+    """Each layer keeps its input alone, with `offload` on the host, and runs again in the backward.
+
+    Raises ModelError where layers can't.
+    """
+    layers: list[Any] = [part for part in base.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
         raise ModelError(f"{name} can't recompute its layers: set model.gradient_checkpointing=false")
     # transformers 5.24 deprecates the second name; 5.17 has no other.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # Under an adapter transformers has the embedding's output require a gradient, for the other kind of checkpoint:
+    # that would keep it on the device for the whole pass, and its gradient beside it.
+    if hasattr(base, "_require_grads_hook"):
+        base.disable_input_require_grads()
+    if offload:
+        place = Offload(base.device)
+        for layer in layers:
+            layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, place)
 
 
 def _check_head(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -28,6 +28,7 @@ from reasoner.models.base_weights import BaseWeights
 from reasoner.models.beside import save_beside
 from reasoner.models.families import Family
 from reasoner.models.fused import fuse
+from reasoner.models.offload import Offloaded
 from reasoner.models.sharing import Sharing
 from reasoner.models.weights import quiet
 
@@ -183,6 +184,12 @@ class Policy:
     def recomputes(self) -> bool:
         """Whether layers keep their inputs alone and run again in the backward."""
         return any(_recomputes(part) for part in self.model.modules())
+
+    @property
+    def offloads(self) -> bool:
+        """Whether those inputs are kept on the host."""
+        layers = [part for part in self.model.modules() if _recomputes(part)]
+        return any(isinstance(getattr(layer, "_gradient_checkpointing_func", None), Offloaded) for layer in layers)
 
     def train_mode(self, *, dropout: bool) -> None:
         """Ready for a backward: layers recompute if loaded so, and the adapter drops inputs if `dropout` (SFT only)."""
