@@ -64,8 +64,8 @@ def linear_logprobs(
 
     Differentiable in hidden and, if it requires grad, head_weight, for gradients arriving at logprobs and at entropy.
     Inputs may be bfloat16, float16, float32 or float64 and strided in any way; gradients come back in the input's
-    dtype, summed in float32 or better. The same inputs give the same bits. Raises ValueError, before any work, on a
-    wrong shape, dtype or device, a target outside [0, V), a temperature or soft_cap that is not above 0.
+    dtype, summed in float32 or better. The same inputs give the same bits. Raises ValueError on a wrong shape, dtype or
+    device, a temperature or soft_cap that is not above 0, a target outside [0, V).
     """
     _check(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
     # The one place where an implementation is chosen.
@@ -73,6 +73,7 @@ def linear_logprobs(
         from reasoner.kernels import linear_logprobs_triton as fast
 
         return fast.linear_logprobs_triton(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
+    check_targets(target_ids, head_weight.shape[0])
     return linear_logprobs_torch(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
 
 
@@ -300,7 +301,7 @@ def _check(
     soft_cap: float | None,
     logit_scale: float,
 ) -> None:
-    """ValueError with the first thing that is wrong."""
+    """ValueError with the first thing that is wrong, of what is known without a look at the numbers."""
     inputs = {"hidden": hidden, "head_weight": head_weight, "target_ids": target_ids}
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
     if hidden.ndim != 2 or head_weight.ndim != 2 or target_ids.ndim != 1:
@@ -320,7 +321,11 @@ def _check(
         raise ValueError(f"linear_logprobs: soft_cap={soft_cap} must be above 0")
     if not math.isfinite(logit_scale):
         raise ValueError(f"linear_logprobs: logit_scale={logit_scale} must be finite")
-    low, high = (int(bound) for bound in target_ids.aminmax()) if num_rows else (0, 0)
+
+
+def check_targets(target_ids: Tensor, vocabulary: int) -> None:
+    """ValueError if a target is no column of the logits. Waits for a card."""
+    low, high = (int(bound) for bound in target_ids.aminmax()) if len(target_ids) else (0, 0)
     if low < 0 or high >= vocabulary:
         raise ValueError(
             f"linear_logprobs: target_ids must lie in 0..{vocabulary - 1}, not {low}..{high}: "

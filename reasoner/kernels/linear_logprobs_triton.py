@@ -14,7 +14,8 @@ turns that into the factor of the row, float16 with one float32 scale. Nothing i
 give the same bits.
 
 The odds carry 2^-64, so that bfloat16's exponents reach from 1 - p = 2^-62 to logp = -112. Rows beyond, and rows that
-are not finite, are found by their sum and done again by the torch implementation: one wait for the card a call.
+are not finite, are found by their sum and done again by the torch implementation: one wait for the card a call, at its
+end. Targets that are no column of the logits are found there too, as rows that are not finite.
 
 Left out, and given to the torch implementation's backward pass (2 more matmuls for the odds made again, 3 with a
 trained head): a gradient that arrives at entropy, a trained head, and float16, whose exponents are too short for odds.
@@ -41,6 +42,7 @@ from reasoner.kernels.linear_logprobs import (
     Logprobs,
     RowNumbers,
     backward_in_tiles,
+    check_targets,
     forward_in_tiles,
 )
 from reasoner.kernels.tiles import Tiles
@@ -61,7 +63,7 @@ def linear_logprobs_triton(
     soft_cap: float | None,
     logit_scale: float,
 ) -> Logprobs:
-    """`linear_logprobs` for inputs that are already checked and that `triton_supported` takes."""
+    """`linear_logprobs` for inputs that `triton_supported` takes and that are checked but for the targets' range."""
     shape = LogitShape(temperature, soft_cap, logit_scale)
     frozen_head = not head_weight.requires_grad and head_weight.dtype != torch.float16
     with_factor = torch.is_grad_enabled() and hidden.requires_grad and frozen_head
@@ -121,6 +123,8 @@ def forward(
     known = row_numbers(sums, work.target_bits)
     del work  # whose memory the rows below take
     exceeded = (~(sums[0] < LIMIT)).nonzero()[:, 0]  # waits for the card
+    if len(exceeded):
+        check_targets(target_ids, weight.shape[0])
     for rows in exceeded.split(max(AGAIN_ELEMENTS // weight.shape[0], 1)):
         _again_in_torch(rows, hidden, weight, target_ids, shape, known, factor)
     return known, factor
@@ -146,8 +150,6 @@ def _again_in_torch(
     factor: Factor | None,
 ) -> None:
     """Rows whose odds are out of reach, exactly."""
-    if not len(rows):
-        return
     few = hidden[rows], weight, target_ids[rows]
     exact = forward_in_tiles(*few, shape)
     for mine, found in zip(known, exact, strict=True):
@@ -238,7 +240,7 @@ class _Work:
         dots = self.sums.new_empty(num_rows)
         odds_triton.target_dots_kernel[(num_rows,)](
             self.hidden, self.weight, self.target_ids, dots, self.hidden.stride(0), self.weight.stride(0), width,
-            BLOCK=min(1024, triton.next_power_of_2(width)),
+            self.weight.shape[0], BLOCK=min(1024, triton.next_power_of_2(width)),
         )  # fmt: skip
         if self.shape.soft_cap is None:
             return dots * (self.shape.gain * LOG2E), dots
@@ -255,7 +257,7 @@ class _Work:
         cap_bits = 0.0 if cap is None else cap / self.shape.temperature * LOG2E
         odds_triton.odds_kernel[(min(programs, down * across),)](
             *self.loads, self.target_bits, self.target_ids, self.partials,
-            first_row, rows, first_column, self.weight.shape[0], down, across, first_column // tiles.columns,
+            first_row, rows, self.weight.shape[0], down, across, first_column // tiles.columns,
             self.hidden.stride(0), self.weight.stride(0), self.columns,
             self.partials.stride(0), self.partials.stride(1), dot_scale, cap_bits, SHIFT,
             D=self.hidden.shape[1], ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=tiles.group,
@@ -277,8 +279,8 @@ class _Work:
         width = self.hidden.shape[1]
         odds_triton.factor_kernel[(rows,)](
             self.products, self.weight, self.target_ids, self.sums, self.target_slopes, self.factor.factor,
-            self.factor.scale, first_row, self.weight.stride(0), width, self.shape.gain, 2.0**-SHIFT,
-            CAPPED=self.shape.soft_cap is not None, BLOCK=triton.next_power_of_2(width),
+            self.factor.scale, first_row, self.weight.stride(0), width, self.weight.shape[0], self.shape.gain,
+            2.0**-SHIFT, CAPPED=self.shape.soft_cap is not None, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
 
 

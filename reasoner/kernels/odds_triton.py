@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # Sizes that change from batch to batch must not compile a kernel anew.
-CHANGING = ["first_row", "rows", "first_column", "vocabulary", "down", "across", "first_tile", "plane"]
+CHANGING = ["first_row", "rows", "down", "across", "first_tile", "plane"]
 
 
 @triton.jit
@@ -25,10 +25,9 @@ def _odds_of(
         bits = tl.where(dots * dot_scale < 0, -tanh, tanh) * cap_bits - target_bits[:, None]
     else:
         bits = dots * dot_scale - target_bits[:, None]
-    counts = columns[None, :] != targets[:, None]
     if RAGGED:
-        counts = counts & (columns < vocabulary)[None, :]
-    odds = tl.where(counts, tl.exp2(bits), 0.0)
+        bits = tl.where((columns < vocabulary)[None, :], bits, -1e30)
+    odds = tl.where(columns[None, :] != targets[:, None], tl.exp2(bits), 0.0)
     total = tl.sum(odds, 1)
     moment = tl.sum(odds * bits, 1)
     if CAPPED:
@@ -39,13 +38,14 @@ def _odds_of(
 @triton.jit(do_not_specialize=CHANGING)
 def odds_kernel(
     hidden, weight, odds_out, target_bits, target_ids, partials,
-    first_row, rows, first_column, vocabulary, down, across, first_tile,
+    first_row, rows, vocabulary, down, across, first_tile,
     hidden_stride, weight_stride, odds_stride, plane, tile_stride, dot_scale, cap_bits, shift,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr, PROGRAMS: tl.constexpr,
     STORE: tl.constexpr, CAPPED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Odds [rows, columns] of one block, and per tile the sums of each row. Row tiles go first, in groups."""
+    first_column = first_tile * COLUMNS
     for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=FLATTEN):
         group = tile // (GROUP * across)
         size = tl.minimum(down - group * GROUP, GROUP)
@@ -107,17 +107,21 @@ def odds_kernel(
 
 
 @triton.jit
-def target_dots_kernel(hidden, weight, target_ids, dots, hidden_stride, weight_stride, width, BLOCK: tl.constexpr):
-    """hidden_i . weight_target, one row a program."""
+def target_dots_kernel(
+    hidden, weight, target_ids, dots, hidden_stride, weight_stride, width, vocabulary, BLOCK: tl.constexpr
+):
+    """hidden_i . weight_target, one row a program; not a number where the weight has no such row."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ids + row).to(tl.int64)
+    exists = (target >= 0) & (target < vocabulary)
+    target = tl.where(exists, target, 0)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         k = start + tl.arange(0, BLOCK)
         left = tl.load(hidden + row * hidden_stride + k, mask=k < width, other=0.0).to(tl.float32)
         right = tl.load(weight + target * weight_stride + k, mask=k < width, other=0.0).to(tl.float32)
         total += left * right
-    tl.store(dots + row, tl.sum(total, 0))
+    tl.store(dots + row, tl.where(exists, tl.sum(total, 0), float("nan")))
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "tiles"])
@@ -137,8 +141,8 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["first_row"])
 def factor_kernel(
-    products, weight, target_ids, sums, target_slopes, factor, factor_scale, first_row, weight_stride, width, gain, own,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    products, weight, target_ids, sums, target_slopes, factor, factor_scale, first_row, weight_stride, width,
+    vocabulary, gain, own, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """w_t - sum_j o_j w_j / S of one row, divided by its largest element, which goes into the row's scale."""
     in_block = tl.program_id(0).to(tl.int64)
@@ -148,7 +152,8 @@ def factor_kernel(
     k = tl.arange(0, BLOCK)
     inside = k < width
     product = tl.load(products + in_block * width + k, mask=inside, other=0.0)
-    own_weight = tl.load(weight + target * weight_stride + k, mask=inside, other=0.0).to(tl.float32)
+    exists = (target >= 0) & (target < vocabulary)
+    own_weight = tl.load(weight + target * weight_stride + k, mask=inside & exists, other=0.0).to(tl.float32)
     if CAPPED:
         own_weight *= tl.load(target_slopes + row)
     value = own_weight - product * tl.where(total > 0, 1 / total, 0.0)

@@ -114,6 +114,14 @@ def test_float16():
     assert_close(mine, truth_of(*inputs, temperature=0.8), gradient=1e-3)
 
 
+@pytest.mark.parametrize("wrong", [-1, 127, -100, 2**40])
+def test_a_target_that_is_no_column_is_said(wrong):
+    hidden, weight, target_ids = make_inputs(NUM_ROWS, 127, WIDTH, torch.float32)
+    target_ids[NUM_ROWS - 1] = wrong
+    with pytest.raises(ValueError, match=r"target_ids must lie in 0\.\.126"):
+        by_triton(hidden.requires_grad_(), weight, target_ids)
+
+
 @pytest.mark.parametrize("num_rows", [0, 1])
 def test_h7_few_rows(num_rows):
     inputs = make_inputs(num_rows, 127, WIDTH, torch.float32)
@@ -202,7 +210,7 @@ MUTANTS = {
         "columns[None, :] != targets[:, None]",
         "columns[None, :] >= 0 * targets[:, None]",
     ),
-    "padding counts": ("counts = counts & (columns < vocabulary)[None, :]", "counts = counts"),
+    "padding counts": ("bits = tl.where((columns < vocabulary)[None, :], bits, -1e30)", "bits = bits"),
     "no slope of the cap": ("odds = odds * (4 * small * inverse * inverse)", "odds = odds"),
     "no slope at the target": ("own_weight *= tl.load(target_slopes + row)", "own_weight *= 1"),
     "the moment without its logarithm": ("tl.sum(odds * bits, 1)", "tl.sum(odds, 1)"),

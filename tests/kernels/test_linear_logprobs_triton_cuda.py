@@ -145,6 +145,15 @@ def test_rows_by_row_forms_of_other_cards(monkeypatch):
     assert_close(run(linear_logprobs, *odd), truth_of(*odd))
 
 
+def test_a_target_that_is_no_column_is_said():
+    hidden, weight, target_ids = make_rows(300, 5003, 512, True)
+    for wrong in (-100, 5003, 2**40):
+        target_ids[299] = wrong
+        with pytest.raises(ValueError, match=r"target_ids must lie in 0\.\.5002"):
+            linear_logprobs(hidden.requires_grad_(), weight, target_ids)
+    torch.cuda.synchronize()  # no address was out of reach
+
+
 def test_strided_hidden_and_a_head_that_is_part_of_another():
     hidden, weight, target_ids = make_rows(300, 5003, 512, True)
     views = hidden.repeat_interleave(2, 0)[::2], torch.cat([weight, weight], 1)[:, :512], target_ids
