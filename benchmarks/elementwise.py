@@ -1,6 +1,7 @@
 """What a layer does between its matmuls, beside plain transformers, one-kernel torch and Liger: time, memory, errors.
 
     python -m benchmarks.elementwise [--out FILE]     # one card, about a minute
+    python -m benchmarks.readme                       # then: its tables in docs/performance.md
     python -m benchmarks.elementwise --trial          # a toy, on any machine: does it run?
 
 bfloat16, N = 16,384 tokens, a frozen norm. Forward and backward are timed apart, each the median of interleaved runs,
@@ -23,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import GIB, about, shown, table, write_json
+from benchmarks.common import GIB, RESULTS, about, read_json, shown, table, write_json
 from benchmarks.elementwise_ops import DEVICE, Case, Op, Sizes, gated_cases, norm_cases, other_norm_cases, rotary_case
 from benchmarks.linear_logprobs import failures
 
+RESULT = RESULTS / "elementwise.json"
 TRIAL = Sizes(tokens=24, width=40, inner=60, heads=3, kv_heads=1, head=16)
 ROUNDS = 9
 HOST_TOKENS, HOST_CALLS = 64, 100 if DEVICE.type == "cuda" else 2
@@ -185,10 +187,16 @@ def printed(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def overview() -> str:
+    """The kept result's tables."""
+    result = read_json(RESULT)
+    return "Not measured yet." if result is None else "\n\n".join(printed(one) for one in result["operations"])
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elementwise-h100.json"))
+    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--commit", help="where the history is not there")
     parser.add_argument("--trial", action="store_true", help="toy sizes, nothing written")
     args = parser.parse_args()

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import linear_logprobs, tiny
+from benchmarks import elementwise, linear_logprobs, tiny
 from benchmarks.common import RESULTS, read_json, table
 
 PAGES = tuple(Path(__file__).parents[1] / name for name in ("README.md", "docs/performance.md"))
@@ -49,6 +49,7 @@ TABLES = {
     "word_problems": word_problems,
     "loss_head": linear_logprobs.overview,
     "loss_head_rivals": linear_logprobs.beside_rivals,
+    "elementwise": elementwise.overview,
 }
 
 

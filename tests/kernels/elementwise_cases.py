@@ -18,6 +18,8 @@ EPS = 1e-6
 # What a float32 sum in another order may add to the error.
 SLACK = {torch.float32: 5e-7, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 
+FEW = 1000
+
 
 class Draws:
     """Random tensors of a device and dtype, in the same order each time."""
@@ -54,12 +56,14 @@ def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def assert_as_good(mine: list[Tensor], plain: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
-    """Shapes and dtypes are the plain ones; errors at most 1.25 times theirs."""
+    """Shapes and dtypes are the plain ones; errors at most 1.25 times theirs, or of few numbers what one rounding may
+    be off by: two roundings can be luckier than one."""
     assert len(mine) == len(plain) == len(truth)
     for place, (one, other, exact) in enumerate(zip(mine, plain, truth, strict=True)):
         assert one.shape == other.shape and one.dtype == other.dtype == dtype
+        once = torch.finfo(dtype).eps / 2 if one.numel() < FEW else 0.0
         for what, ours, theirs in zip(("all", "worst row"), errors(one, exact), errors(other, exact), strict=True):
-            assert ours <= 1.25 * theirs + SLACK[dtype], f"{what} of {place}: {ours:.2e}, plain {theirs:.2e}"
+            assert ours <= max(1.25 * theirs, once) + SLACK[dtype], f"{what} of {place}: {ours:.2e}, plain {theirs:.2e}"
 
 
 def double(*tensors: Tensor) -> list[Tensor]:
