@@ -1,9 +1,9 @@
 """Layers of a transformers model whose work between the matmuls goes to the kernels of kernels/elementwise.py.
 
 Each module keeps its weights, its names and its class's place: it becomes an instance of a subclass of its own class,
-whose forward takes the kernels where they take a call and is transformers' own everywhere else. So a CPU, a cache, a
-mask, a norm that is trained and another dtype run what transformers wrote. Left out: the sum at the end of a layer,
-which the next layer's norm could make, because a layer hands one tensor on.
+whose forward takes the kernels where they take a call and is transformers' own everywhere else. So a CPU, attention
+that is not packed, a norm that is trained and another dtype run what transformers wrote. Left out: the sum at the end
+of a layer, which the next layer's norm could make, because a layer hands one tensor on.
 """
 
 from typing import Any
@@ -15,7 +15,6 @@ from reasoner.kernels import elementwise
 from reasoner.models.attention import PACKED, packed_attention
 
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # whether it is gelu's tanh form
-CACHES = ("cache", "past_key_values")  # its name in transformers 5.24, and in 5.17
 
 
 def fuse(model: PreTrainedModel, family: str) -> int:
@@ -132,27 +131,25 @@ class Attention(Fused, nn.Module):
     o_proj: nn.Module
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **given: Any) -> tuple[Tensor, Any]:
-        """[1, N, D] -> [1, N, D], and None."""
+        """[1, N, D] -> [1, N, D], and None. Raises ValueError where packed attention does: a cache, a mask."""
         kernels = None
-        cached = any(given.get(name) is not None for name in CACHES)
-        if self.config._attn_implementation == PACKED and len(hidden_states) == 1 and not cached:
+        if self.config._attn_implementation == PACKED and len(hidden_states) == 1:
             kernels = elementwise.fast(elementwise.PREFER_ROTARY, hidden_states, *position_embeddings)
         if kernels is None:
             return super().forward(hidden_states, position_embeddings=position_embeddings, **given)
         query, key, value = (part.transpose(1, 2) for part in self._projected(hidden_states))
         query, key = kernels.rotate(query, key, *position_embeddings)
-        options = {name: option for name, option in given.items() if name not in CACHES}
         attended, _ = packed_attention(
             self,
             query,
             key,
             value,
-            options.pop("attention_mask", None),
+            given.pop("attention_mask", None),
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
             sliding_window=self._window(),
             softcap=self.config.attn_logit_softcapping if self.config.model_type == "gemma2" else None,
-            **options,
+            **given,
         )
         return self.o_proj(attended.flatten(2)), None
 

@@ -91,6 +91,14 @@ def counted(monkeypatch) -> list[str]:
     return calls
 
 
+def vary_norms(policy: Policy) -> None:
+    """A norm's weight is 1 or 0 where a model begins; here each is its own."""
+    draws = torch.Generator().manual_seed(3)
+    for name, weight in policy.base.named_parameters():
+        if "norm" in name:
+            weight.data += 0.5 * torch.randn(weight.shape, generator=draws)
+
+
 def numbers(policy: Policy) -> list[torch.Tensor]:
     found = policy.logprobs(make_batch(), temperature=1.0).logprobs
     return [found.detach(), *gradients(policy, found.sum()).values()]
@@ -99,6 +107,7 @@ def numbers(policy: Policy) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("family", "recomputed"), [(name, name in ("llama", "gemma2")) for name in FUSED])
 def test_a_fused_model_is_the_plain_one(family, recomputed, monkeypatch):
     policy = make_policy(family, lora=lora_of(family), **({"partial_rotary_factor": 0.5} if family == "phi3" else {}))
+    vary_norms(policy)
     plain = numbers(policy)
     keys = policy.model.state_dict().keys()
     layers = 2
@@ -134,6 +143,11 @@ def test_what_kernels_do_not_take_is_transformers_own(monkeypatch):
     policy.logprobs(make_batch(), temperature=1.0)
     assert set(calls) == {"rotate", "gated"}
     monkeypatch.setattr(elementwise, "PREFER_GATED", False)
+    calls.clear()
+    ends = torch.tensor([0, 3], dtype=torch.int32)
+    layer, angles = policy.base.model.layers[0].self_attn, (torch.ones(1, 3, 8), torch.zeros(1, 3, 8))
+    with pytest.raises(ValueError, match="past_key_values"):
+        layer(torch.zeros(1, 3, 32), angles, past_key_values=object(), cu_seq_lens_q=ends)
     calls.clear()
     policy.base.set_attn_implementation("sdpa")
     with torch.no_grad():
