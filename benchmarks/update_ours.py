@@ -61,6 +61,16 @@ SWITCHES = (
 )
 
 
+@contextmanager
+def everything_on(without: Switch | None = None) -> Iterator[None]:
+    """Inside, every switch that there is is on, but one."""
+    with ExitStack() as switches:
+        for switch in SWITCHES:
+            if switch.there:
+                switches.enter_context(switch.set(switch is not without))
+        yield
+
+
 def examples_of(work: Work) -> list[Example]:
     """The work as worked examples."""
     found = []
@@ -112,16 +122,13 @@ class Ours:
                 join(self.policy.model, self.policy.weights)
             prepare()
             self.policy.train_mode(dropout=False)
-            updater = make_updater(self.policy, optim, self.work, said.append, self.logs)
+            updater = make_updater(self.policy, optim, self.work.tokens, said.append, self.logs)
             trainer = SFTTrainer(self.policy, updater)
 
             def update() -> None:
                 row.facts["loss"] = trainer.step(self.examples)["loss"]
 
-            with ExitStack() as switches:
-                for switch in SWITCHES:
-                    if switch.there:
-                        switches.enter_context(switch.set(switch is not without))
+            with everything_on(without):
                 seconds = stepped(update)(warm_up, timed)
             row.facts |= {"micro_batch": f"{updater.tokens_per_micro_batch} tokens", "said": said}
             return seconds
@@ -130,11 +137,10 @@ class Ours:
         return row
 
 
-def make_updater(policy: Policy, optim: str, work: Work, say: Callable[[str], None], logs: Path) -> Updater:
-    """With the settings of conf=gsm8k_base's SFT on a card of 24 GB."""
+def make_updater(policy: Policy, optim: str, tokens: int, say: Callable[[str], None], logs: Path) -> Updater:
+    """With the settings of conf=gsm8k_base's SFT on a card of 24 GB, and so many tokens in a micro-batch."""
     typed = [f"optim@sft.optim={optim}", "card=24", f"sft.optim.lr={LR}"]
     sft = validate(compose_conf("gsm8k_base", typed).values).sft
-    tokens = max(sft.tokens_per_micro_batch, work.tokens) if work.shape != "trial" else work.tokens
     return Updater(
         policy.trainable(),
         sft.optim,

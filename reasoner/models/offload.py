@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from reasoner.errors import OutOfMemory
+
 CHUNK = 16 << 20  # bytes; a power of two, to which page-locked memory is rounded up
 SMALL = 1 << 20  # bytes of a tensor that is not worth the way
 
@@ -29,12 +31,21 @@ class Chunks:
         self._free: list[Tensor] = []
 
     def take(self, nbytes: int) -> list[Tensor]:
-        """Enough for so many bytes."""
+        """Enough for so many bytes. Raises OutOfMemory where the host has none left to lock."""
         needed = -(-nbytes // self.size)
         while len(self._free) < needed:
-            self._free.append(torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned))
+            self._free.append(self._new())
             self.num += 1
         return [self._free.pop() for _ in range(needed)]
+
+    def _new(self) -> Tensor:
+        try:
+            return torch.empty(self.size, dtype=torch.uint8, pin_memory=self.pinned)
+        except RuntimeError as error:
+            raise OutOfMemory(
+                f"the host has no more page-locked memory after {self.num * self.size / 2**30:.2f} GiB for layers' "
+                "inputs: set model.gradient_checkpointing=true, or fewer tokens in a micro-batch"
+            ) from error
 
     def give_back(self, chunks: Sequence[Tensor]) -> None:
         """For others to take."""

@@ -30,6 +30,7 @@ from reasoner.models.families import Family
 from reasoner.models.fused import fuse
 from reasoner.models.offload import Offloaded
 from reasoner.models.sharing import Sharing
+from reasoner.models.tiled import tile
 from reasoner.models.weights import quiet
 
 REFERENCE = "reference."
@@ -80,6 +81,8 @@ class Policy:
             join(model, weights)
         if family.fused and self.device.type == "cuda":
             fuse(self.base, family.name)
+        if family.known:
+            tile(self.base)
         self.eval()
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reasoner import config
-from reasoner.errors import ModelError
+from reasoner.errors import ModelError, OutOfMemory
 from reasoner.models.loading import load_model, load_tokenizer, recompute_layers
 from reasoner.models.offload import Chunks, Offload, Offloaded, Stream
 from reasoner.models.policy import Policy
@@ -136,6 +136,17 @@ def test_chunks_are_counted_by_their_bytes() -> None:
     assert [len(one) for one in taken] == [1, 1, 2] and chunks.num == 4
     chunks.give_back(taken[2])
     assert len(chunks.take(150)) == 2 and chunks.num == 4
+
+
+def test_a_host_without_memory_to_lock_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    chunks = Chunks(1 << 29, pinned=False)
+    chunks.take(1)
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(OutOfMemory, match=r"no more page-locked memory after 0\.50 GiB .* gradient_checkpointing=true"):
+        chunks.take(1)
 
 
 def test_on_the_cpu_it_is_refused_with_what_to_do() -> None:
