@@ -14,8 +14,9 @@ turns that into the factor of the row, float16 with one float32 scale. Nothing i
 give the same bits.
 
 The odds carry 2^-64, so that bfloat16's exponents reach from 1 - p = 2^-62 to logp = -112. Rows beyond, and rows that
-are not finite, are found by their sum and done again by the torch implementation: one wait for the card a call, at its
-end. Targets that are no column of the logits are found there too, as rows that are not finite.
+are not finite, are found by their sum and done again by the torch implementation: one wait for the card a call, for
+the last sums, while the last product is made. Targets that are no column of the logits are found there too, as rows
+that are not finite.
 
 Left out, and given to the torch implementation's backward pass (2 more matmuls for the odds made again, 3 with a
 trained head): a gradient that arrives at entropy, a trained head, and float16, whose exponents are too short for odds.
@@ -26,6 +27,7 @@ The kernels are in odds_triton.py; tiles are data, in tiles.py.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,15 +121,19 @@ def forward(
     if num_rows == 0:
         return RowNumbers(*sums.new_empty(3, 0)), factor
     work = _Work(hidden, weight, target_ids, shape, sums, factor)
-    work.run()
+    some_exceed = work.run()
     known = row_numbers(sums, work.target_bits)
     del work  # whose memory the rows below take
-    exceeded = (~(sums[0] < LIMIT)).nonzero()[:, 0]  # waits for the card
-    if len(exceeded):
+    if some_exceed():
         check_targets(target_ids, weight.shape[0])
-    for rows in exceeded.split(max(AGAIN_ELEMENTS // weight.shape[0], 1)):
-        _again_in_torch(rows, hidden, weight, target_ids, shape, known, factor)
+        for rows in exceeding(sums).nonzero()[:, 0].split(max(AGAIN_ELEMENTS // weight.shape[0], 1)):
+            _again_in_torch(rows, hidden, weight, target_ids, shape, known, factor)
     return known, factor
+
+
+def exceeding(sums: Tensor) -> Tensor:
+    """Which rows have odds out of reach, or are not finite: [N] bool."""
+    return ~(sums[0] < LIMIT)
 
 
 def row_numbers(sums: Tensor, target_bits: Tensor) -> RowNumbers:
@@ -219,20 +225,26 @@ class _Work:
                 self.loads.append(TensorDescriptor.from_tensor(self.odds, [tiles.rows, tiles.columns // tiles.halves]))
         self.target_bits, self.target_slopes = self._targets()
 
-    def run(self) -> None:
-        """All blocks: odds and their sums, products with the head, factors."""
+    def run(self) -> Callable[[], bool]:
+        """Launch all blocks: odds and their sums, products with the head, factors. Whether some rows exceed is asked
+        for before the last product, so that what is handed back waits for no more than the sums."""
+        some_exceed: Callable[[], bool] = bool  # of no rows, none
         num_rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         for first_row in range(0, num_rows, self.rows):
             rows = min(self.rows, num_rows - first_row)
             for first_column in range(0, vocabulary, self.columns):
                 columns = min(self.columns, vocabulary - first_column)
                 self._odds(first_row, rows, first_column, columns)
+                if first_column + columns == vocabulary:
+                    self._sums(first_row, rows)
+                    if first_row + rows == num_rows:
+                        some_exceed = _on_its_way(exceeding(self.sums).any())
                 if self.factor is not None:
                     block = self.weight[first_column : first_column + columns]
                     _multiply(self.products[:rows], self.odds[:rows, :columns], block, add=first_column > 0)
-            self._sums(first_row, rows)
             if self.factor is not None:
                 self._factors(first_row, rows)
+        return some_exceed
 
     def _targets(self) -> tuple[Tensor, Tensor]:
         """The target's logit in bits, and the slope of the soft cap there: [N]."""
@@ -282,6 +294,20 @@ class _Work:
             self.factor.scale, first_row, self.weight.stride(0), width, self.weight.shape[0], self.shape.gain,
             2.0**-SHIFT, CAPPED=self.shape.soft_cap is not None, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
+
+
+def _on_its_way(flag: Tensor) -> Callable[[], bool]:
+    """The flag, copied to the host as soon as the card has it."""
+    if not flag.is_cuda:
+        return lambda: bool(flag)
+    copy, there = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def wait() -> bool:
+        there.synchronize()
+        return bool(copy)
+
+    return wait
 
 
 def _multiply(out: Tensor, odds: Tensor, weight: Tensor, add: bool) -> None:

@@ -117,6 +117,7 @@ def test_float16():
 @pytest.mark.parametrize("wrong", [-1, 127, -100, 2**40])
 def test_a_target_that_is_no_column_is_said(wrong):
     hidden, weight, target_ids = make_inputs(NUM_ROWS, 127, WIDTH, torch.float32)
+    weight = torch.cat([weight, weight])[:127]  # so that the next row is a row
     target_ids[NUM_ROWS - 1] = wrong
     with pytest.raises(ValueError, match=r"target_ids must lie in 0\.\.126"):
         by_triton(hidden.requires_grad_(), weight, target_ids)
@@ -155,6 +156,15 @@ def test_h3_rows_out_of_reach_of_the_odds_are_exact_and_a_broken_one_stays_alone
     assert broken[0][12].isnan() and broken[2][12].isnan().all()
     for one, other in zip(broken, mine, strict=True):
         assert torch.equal(one[others], other[others])
+
+
+@pytest.mark.parametrize("row", [0, NUM_ROWS - 1])
+def test_h3_one_row_out_of_reach_is_found_in_any_block(row):
+    hidden, weight, target_ids = make_inputs(NUM_ROWS, 127, WIDTH, torch.float32)
+    hidden[row] -= 300 * weight[target_ids[row]] / weight[target_ids[row]].square().sum()
+    mine, truth = run(by_triton, hidden, weight, target_ids), truth_of(hidden, weight, target_ids)
+    assert truth[0].argmin() == row and truth[0].min() < -200
+    assert_close(mine, truth, gradient=5e-4)
 
 
 def test_confident_rows_keep_their_relative_precision():
