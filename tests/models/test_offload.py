@@ -145,7 +145,7 @@ def test_a_host_without_memory_to_lock_is_one_line(monkeypatch: pytest.MonkeyPat
     chunks = Chunks(1 << 29, pinned=False)
     chunks.take(1)
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(OutOfMemory, match=r"no more page-locked memory after 0\.50 GiB .* gradient_checkpointing=true"):
+    with pytest.raises(OutOfMemory, match=r"no more page-locked memory after 0\.50 GiB .*gradient_checkpointing=true"):
         chunks.take(1)
 
 
