@@ -67,7 +67,7 @@ class Batch(Protocol):
     def counts(self) -> StepCounts: ...
 
     def split(self, max_tokens: int) -> list[Self]:
-        """Whole sequences in pieces of at most max_tokens (a longer sequence is a piece of its own)."""
+        """Whole sequences in pieces that compute at most max_tokens (a longer sequence is a piece of its own)."""
         ...
 
 
