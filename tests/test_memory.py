@@ -395,6 +395,15 @@ def test_the_second_of_two_micro_batches_runs_beside_the_firsts_gradients():
     assert gradients_there == [False, True]
 
 
+def test_the_rehearsal_trains_what_it_computes_and_no_copy():
+    """Of 30 + 20 tokens 15 are copies, and before the first one is nothing: 29 and 5 are left."""
+    policy, masks = small_card(64), list[torch.Tensor]()
+    logprobs = policy.logprobs
+    policy.logprobs = lambda batch, **k: masks.append(batch.completion_mask) or logprobs(batch, **k)  # type: ignore[method-assign]
+    assert peak_bytes(policy, Layout.of([30, 20], shared=[0, 15]), entropy=False) == 0
+    assert masks[0].nonzero()[:, 0].tolist() == [*range(1, 30), *range(45, 50)]
+
+
 @pytest.mark.parametrize(
     ("most_tokens", "said"),
     [
