@@ -106,10 +106,12 @@ def test_c22_sharing_a_prompt_changes_nothing(family: str) -> None:
     assert difference(policy, shared_batch()) < tolerance
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt_oss"])
-def test_c22_with_layers_that_run_again(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "offload"), [("qwen2", False), ("qwen2", True), ("gemma2", False), ("gpt_oss", True)]
+)
+def test_c22_with_layers_that_run_again(family: str, offload: bool) -> None:
     policy, tolerance = exact_policy(family)
-    recompute_layers(policy.base, "tiny")
+    recompute_layers(policy.base, "tiny", offload=offload)
     policy.train_mode(dropout=False)
     assert difference(policy, shared_batch()) < tolerance
 
