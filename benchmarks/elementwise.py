@@ -7,8 +7,8 @@
 bfloat16, N = 16,384 tokens, a frozen norm. Forward and backward are timed apart, each the median of interleaved runs,
 behind a pass over 1 GiB, which empties the cache and lets the host run ahead. The floor is the bytes that have to be
 read and written, at the speed of a copy of 1 GiB in the same rotation. The host's microseconds are those of a call
-forward and one backward on 64 tokens, where the card never waits. Errors are norm-wise
-against float64, on 1,024 tokens. Without a card the trial's kernels are interpreted.
+forward and one backward on 64 tokens, where the card never waits. Errors are norm-wise against
+float64, on 1,024 tokens. Without a card the trial's kernels are interpreted.
 """
 
 import argparse
@@ -151,9 +151,10 @@ def measured(case: Case, sizes: Sizes, clock: Clock, rounds: int) -> dict[str, A
             rows[name] = {"not_run": f"{type(error).__name__}: {error}"[:200]}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ops}
     speeds = []
-    for _ in range(rounds):
+    for turn in range(rounds):
         speeds.append(clock.bytes_per_ms())
-        for name, op in ops.items():
+        begin = turn % max(len(ops), 1)
+        for name, op in [*list(ops.items())[begin:], *list(ops.items())[:begin]]:
             leaves = data.leaves()
             forward, found = clock(lambda op=op, leaves=leaves: outputs_of(op(*leaves)))
             backward, _ = clock(lambda found=found, leaves=leaves: torch.autograd.grad(found, leaves, data.upstream))

@@ -175,7 +175,8 @@ class Attention(Fused, nn.Module):
 
 
 class Layer(Fused, nn.Module):
-    """A decoder layer with a norm before attention and one before the MLP, the second of a sum."""
+    """A decoder layer with a norm before attention and one before the MLP, the second of a sum. Phi-3's dropouts are
+    left out: a base stays in eval mode (policy.py)."""
 
     input_layernorm: Norm
     post_attention_layernorm: Norm
