@@ -98,11 +98,11 @@ def serve(given: argparse.Namespace) -> None:
         import_side(given.side)
         box.tell("imported")
         side: Any = None
-        used_before: float | None = None
+        own = 0.0  # GiB that this process holds between turns, its context included
         for turn in TURNS:
-            said = box.wait(f"go-{turn}")
+            used = box.wait(f"go-{turn}")  # by all processes
+            others = None if used is None else used - own
             if side is None:
-                used_before = said
                 found["context_before_its_turn"] = DEVICE.type == "cuda" and torch.cuda.is_initialized()
                 began = time.monotonic()
                 side = make_side(given.side, work_of(given.shape), given.work)
@@ -112,7 +112,7 @@ def serve(given: argparse.Namespace) -> None:
                 if time.time() > given.until:
                     found["rows"].setdefault(row.name, {"not_run": "no time left"})
                     continue
-                result = measured(row, *UPDATES[turn], used_before if turn != "second" else None)
+                result = measured(row, *UPDATES[turn], others)
                 earlier = found["rows"].get(row.name, {})
                 both = {**earlier, **{key: value for key, value in result.items() if value is not None}}
                 both["seconds"] = earlier.get("seconds", []) + result.get("seconds", [])
@@ -120,6 +120,8 @@ def serve(given: argparse.Namespace) -> None:
                 write_json(given.work / "found.json", found)
             write_json(given.work / "found.json", found)
             empty()
+            if others is not None:
+                own = (used_gib() or 0.0) - others
             box.tell(f"done-{turn}")
     except BaseException as error:
         found["error"] = f"{type(error).__name__}: {error}"[:600]
@@ -196,6 +198,8 @@ def run_all(given: argparse.Namespace) -> dict[str, Any]:
                 found["error"] = found.get("error") or problem
             if (shape, side) not in {(one[0], one[2]) for one in planned[number + 1 :]}:
                 job.kill()  # its memory is for those that go on
+                assert job.process is not None
+                job.process.wait()
             result["shapes"][shape]["sides"][side] = found
             result["seconds"] = time.monotonic() - began
             finish(result)

@@ -95,10 +95,10 @@ class Ours:
     def variants(self) -> list[Row]:
         """The same with one thing changed."""
         layers = [part for part in self.policy.model.modules() if isinstance(part, AdaptedLinear)]
-        found = [self._row(f"{OURS}, {one.without}", without=one) for one in SWITCHES if one.there]
-        found.append(self._row(f"{OURS}, nothing recomputed", prepare=lambda: set_recompute(self.policy, False)))
+        found = [self._row(f"{OURS}, nothing recomputed", prepare=lambda: set_recompute(self.policy, False))]
         if DEVICE.type == "cuda":
             found.append(self._row(f"{OURS}, inputs on the host", prepare=lambda: offload_inputs(self.policy)))
+        found += [self._row(f"{OURS}, {one.without}", without=one) for one in SWITCHES if one.there]
         if layers and self.policy.weights is not None:
             found.append(self._row(f"{OURS}, q/k/v and gate/up apart", prepare=lambda: part_siblings(layers)))
         if DEVICE.type == "cuda":

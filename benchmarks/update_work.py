@@ -134,11 +134,11 @@ def empty() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measured(row: Row, warm_up: int, timed: int, used_before: float | None) -> dict[str, Any]:
+def measured(row: Row, warm_up: int, timed: int, others: float | None) -> dict[str, Any]:
     """Run the row: seconds, the allocator's peak, and what the device holds for this process when it is over.
 
     The allocator gives nothing back while an update runs, so that what the device holds at the end is its peak.
-    `used_before`: GiB in use before this process had a CUDA context.
+    `others`: GiB that other processes hold.
     """
     empty()
     try:
@@ -150,5 +150,5 @@ def measured(row: Row, warm_up: int, timed: int, used_before: float | None) -> d
         used = used_gib()
         assert used is not None
         found["allocator_gib"] = torch.cuda.max_memory_allocated() / GIB
-        found["device_gib"] = None if used_before is None else used - used_before
+        found["device_gib"] = None if others is None else used - others
     return found

@@ -160,8 +160,8 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 
 def on_card() -> Policy:
     """Twelve layers, 512 wide, so that an input of 8,192 tokens is 8 MiB."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "max_position_embeddings": 8192}
-    policy = make_policy("llama", lora=lora_of("llama"), **sizes)
+    sizes = {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1024, "num_hidden_layers": 12}
+    policy = make_policy("llama", lora=lora_of("llama"), max_position_embeddings=8192, **sizes)
     return Policy(policy.model.to("cuda", torch.bfloat16), policy.family, revision=None)
 
 
@@ -175,7 +175,9 @@ def batch_on_card(lengths: tuple[int, ...]) -> Batch:
 @pytest.mark.gpu
 @cuda
 def test_on_a_card_the_bits_are_those_without_in_fifty_passes() -> None:
-    batches = [batch_on_card(lengths) for lengths in ((4096, 4000), (1000, 24, 3000))]
+    # No sequence is longer than a block of torch's fused attention: several blocks would add up a query's gradient in
+    # any order.
+    batches = [batch_on_card(lengths) for lengths in ((64,) * 126, (17, 64, 40) * 30)]
     policy = on_card()
     truths = []
     for offload in (False, True):

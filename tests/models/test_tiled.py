@@ -83,11 +83,11 @@ def test_where_something_is_dropped_it_is_computed_whole(monkeypatch: pytest.Mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_card_a_long_batch_takes_a_third_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_card_a_long_batch_takes_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from reasoner.models.attention import Layout
     from tests.models.tiny_models import Batch
 
-    sizes = {"hidden_size": 256, "intermediate_size": 4096, "max_position_embeddings": 32_768}
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 4096, "max_position_embeddings": 32_768}
     made = make_policy("llama", lora=lora_of("llama"), **sizes)
     policy = Policy(made.model.to("cuda", torch.bfloat16), made.family, revision=None)
     recompute_layers(policy.base, "tiny")
@@ -105,5 +105,5 @@ def test_on_a_card_a_long_batch_takes_a_third_of_the_memory(monkeypatch: pytest.
             peak = torch.cuda.max_memory_allocated() - before
         peaks.append(peak)
         found.append(torch.cat([one.float().flatten() for one in gradient.values()]))
-    assert peaks[1] < peaks[0] / 3
+    assert peaks[1] < peaks[0] / 2
     assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
