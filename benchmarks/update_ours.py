@@ -98,6 +98,7 @@ class Ours:
         found = [self._row(f"{OURS}, nothing recomputed", prepare=lambda: set_recompute(self.policy, False))]
         if DEVICE.type == "cuda":
             found.append(self._row(f"{OURS}, inputs on the host", prepare=lambda: offload_inputs(self.policy)))
+        found += [self._row(f"{OURS}, {part} micro-batches", parts=part) for part in (2, 4)]
         found += [self._row(f"{OURS}, {one.without}", without=one) for one in SWITCHES if one.there]
         if layers and self.policy.weights is not None:
             found.append(self._row(f"{OURS}, q/k/v and gate/up apart", prepare=lambda: part_siblings(layers)))
@@ -111,6 +112,7 @@ class Ours:
         *,
         without: Switch | None = None,
         prepare: Callable[[], None] = lambda: None,
+        parts: int = 1,
         optim: str = "adamw_8bit" if DEVICE.type == "cuda" else "adamw",
     ) -> Row:
         said: list[str] = []
@@ -122,7 +124,7 @@ class Ours:
                 join(self.policy.model, self.policy.weights)
             prepare()
             self.policy.train_mode(dropout=False)
-            updater = make_updater(self.policy, optim, self.work.tokens, said.append, self.logs)
+            updater = make_updater(self.policy, optim, self.work.tokens // parts, said.append, self.logs)
             trainer = SFTTrainer(self.policy, updater)
 
             def update() -> None:
