@@ -243,7 +243,11 @@ class VllmEngine:
         if not all(logprob > float("-inf") for logprob in sampled.logprobs):
             raise _diverged(policy_step)
         return completed(
-            sampled.token_ids, sampled.logprobs, stopped=sampled.stopped, decode=self.decode, policy_step=policy_step
+            tuple(sampled.token_ids),
+            sampled.logprobs,
+            stopped=sampled.stopped,
+            decode=self.decode,
+            policy_step=policy_step,
         )
 
 
