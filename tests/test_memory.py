@@ -478,7 +478,9 @@ def test_on_a_card_the_rehearsal_measures_and_leaves_no_trace(by_triton: bool, m
 def test_on_a_card_out_of_memory_is_one_line_with_a_size_that_fits():
     total = torch.cuda.mem_get_info()[1]
     absurd = total // (256 * 2)  # tokens whose hidden states alone fill the card
-    config = conf("card=8", f"grpo.tokens_per_micro_batch={absurd}", f"grpo.prompts_per_step={absurd}")
+    sizes = [f"grpo.tokens_per_micro_batch={absurd}", f"grpo.prompts_per_step={absurd}"]
+    # Long ones: torch's fused attention takes 65,535 sequences at most.
+    config = conf("card=8", *sizes, "grpo.max_completion_tokens=3840")
     policy = on_cuda()
     with pytest.raises(OutOfMemory) as caught:
         rehearse(config, policy, max_context=4096, room=GIB)

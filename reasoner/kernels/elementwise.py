@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 # Whether cards that can take the kernels do, by operation.
-PREFER_NORM = False
-PREFER_ROTARY = False
-PREFER_GATED = False
+PREFER_NORM = True
+PREFER_ROTARY = True
+PREFER_GATED = True
 
 
 def fast(wanted: bool, *tensors: Tensor) -> ModuleType | None:

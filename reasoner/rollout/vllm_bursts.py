@@ -1,7 +1,7 @@
 """Runs vLLM's requests to their ends: its scheduler, cache and model runner, several tokens a turn of the scheduler.
 
-vLLM's own loop asks its scheduler before every token and hands every token through several objects: for 256 sequences
-that is 5 to 10 ms of Python a token, two or three times what the card needs at these sizes. Here the scheduler is asked
+vLLM's own loop asks its scheduler before every token and hands every token through several objects, which is nearly
+half of a step's time with 256 sequences of a small model (docs/performance.md). Here the scheduler is asked
 once for a burst, with slots in the cache for all of its tokens. Within it the model runner draws token after token, at
 most two of them under way at a time (its staging buffers are two deep); positions, block tables and sampled ids lie on
 the card already, and a draw depends on seed and position alone, so the length of a burst changes no token. What a

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from reasoner.config import Lora
-from reasoner.models import tiled
+from reasoner.models import adapters, tiled
+from reasoner.models.families import family_of
 from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
-from tests.models.tiny_models import gradients, lora_of, make_batch, make_policy
+from tests.models.tiny_models import fill_b, gradients, lora_of, make_batch, make_model, make_policy
 
 BATCH = make_batch((30, 21))  # 51 rows: tiles of 8, the last of 3
 
@@ -88,8 +89,10 @@ def test_on_a_card_a_long_batch_takes_half_of_the_memory(monkeypatch: pytest.Mon
     from tests.models.tiny_models import Batch
 
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 4096, "max_position_embeddings": 32_768}
-    made = make_policy("llama", lora=lora_of("llama"), **sizes)
-    policy = Policy(made.model.to("cuda", torch.bfloat16), made.family, revision=None)
+    base = make_model("llama", **sizes).to("cuda", torch.bfloat16).requires_grad_(False)
+    model = adapters.attach(base, lora_of("llama"), name="tiny", revision=None)
+    fill_b(model)
+    policy = Policy(model, family_of(base.config), revision=None)  # on the card from the first: kernels, then tiles
     recompute_layers(policy.base, "tiny")
     policy.train_mode(dropout=False)
     lengths = (16_384, 16_000)
