@@ -19,8 +19,11 @@ TILE_ROWS = 8192
 
 
 def tile(model: nn.Module) -> int:
-    """Have every module whose class is named an MLP work in tiles; how many there are. Call it after `fuse`."""
-    found = [part for part in model.modules() if type(part).__name__.endswith("MLP") and not isinstance(part, Tiled)]
+    """Have every module work in tiles whose class is named an MLP and that is one; how many there are. Call it after
+    `fuse`."""
+    # gpt-oss names its experts' block so, which routes and hands back more than rows.
+    mlps = [part for part in model.modules() if type(part).__name__.endswith("MLP") and hasattr(part, "down_proj")]
+    found = [part for part in mlps if not isinstance(part, Tiled)]
     for part in found:
         part.__class__ = type(f"Tiled{type(part).__name__}", (Tiled, type(part)), {})
     return len(found)

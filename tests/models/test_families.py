@@ -1,9 +1,11 @@
 """The table of families against transformers' configs, and H5: an unknown scaling of logits is refused."""
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from reasoner.errors import ModelError
+from reasoner.models import tiled
 from reasoner.models.families import FAMILIES, family_of
 from tests.models import tiny_models
 
@@ -53,3 +55,15 @@ def test_h5_an_unknown_key_that_scales_logits_is_refused(family: str, settings: 
 def test_an_unknown_family_that_scales_nothing_runs_one_sequence_a_pass(family: str) -> None:
     found = family_of(AutoConfig.for_model(family))
     assert not found.known and not found.packs and (found.soft_cap, found.logit_scale) == (None, 1.0)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_a_batch_that_goes_through_mlps_in_tiles_is_scored_as_a_whole(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss's experts are in a block that is named an MLP and gives more than rows."""
+    policy, batch = tiny_models.make_policy(family), tiny_models.make_batch((30, 21))
+    whole = policy.logprobs(batch, temperature=1.0).logprobs
+    monkeypatch.setattr(tiled, "MOST_ROWS", 4)
+    monkeypatch.setattr(tiled, "TILE_ROWS", 3)
+    torch.testing.assert_close(policy.logprobs(batch, temperature=1.0).logprobs, whole, atol=1e-4, rtol=1e-4)
