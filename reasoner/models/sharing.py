@@ -56,7 +56,7 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         places = ctx.places
-        flat = gradient.reshape(len(gradient), -1)
+        flat = gradient.flatten(1)
         # A bag's sum: one thread adds a bag's rows one after the other, 16-bit ones in float32.
         summed = embedding_bag(places.copies, flat, places.begins, mode="sum")
         return summed.view(-1, *gradient.shape[1:]), None

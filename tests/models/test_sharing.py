@@ -97,6 +97,8 @@ def test_copies_gradients_are_summed_in_float32_and_rounded_once() -> None:
     assert gradient.tolist() == [[3.0, 5.0], [0.0, 0.0], [258.0, 258.0]] and gradient.dtype == torch.bfloat16
     double = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(Places.of(torch.tensor([2, 0, 2, 2]), 3).take, double)
+    (gradient,) = torch.autograd.grad(Places.of(torch.tensor([], dtype=torch.int64), 3).take(double).sum(), double)
+    assert not gradient.any()  # nobody asks for anything
 
 
 @pytest.mark.parametrize("family", FAMILIES)
