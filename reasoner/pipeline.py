@@ -112,6 +112,7 @@ class Pipeline:
         """Go through the stages. A ReasonerError is passed on, after summary.json says how the run ended."""
         began = time.monotonic()
         _check_validation(self.config)
+        _check_offload(self.config)
         world.start()
         try:
             source = Path(self.config.resume.dir) if self.config.resume.dir else None
@@ -246,6 +247,17 @@ def _check_validation(config: Config) -> None:
         raise ConfigError(
             f"data.validation={rows:g} keeps rows from training to choose a checkpoint by, and nothing chooses: set "
             "grpo.eval_every=50 too, or leave data.validation out"
+        )
+
+
+def _check_offload(config: Config) -> None:
+    """Raises ConfigError where layers' inputs would leave a GPU that is not there. Who only loads the model of such a
+    run, to measure it, to export it or to talk to it, needs none."""
+    trains = "sft" in config.stages or "grpo" in config.stages
+    if trains and config.model.gradient_checkpointing == "offload" and not torch.cuda.is_available():
+        raise ConfigError(
+            "model.gradient_checkpointing=offload moves what layers keep from a GPU to the host, and there is no CUDA "
+            "GPU: set it to true"
         )
 
 

@@ -73,8 +73,8 @@ def load_model(
         base, buffers, family, revision = _load_base(model, tokenizer, place)
         if model.lora:
             adapted = adapters.attach(base, model.lora, name=model.name, revision=revision)
-            return Policy(adapted, family, revision=revision, weights=buffers)
-    return Policy(base.requires_grad_(True), family, revision=revision)
+            return _recomputing(Policy(adapted, family, revision=revision, weights=buffers), model)
+    return _recomputing(Policy(base.requires_grad_(True), family, revision=revision), model)
 
 
 def load_saved(
@@ -89,7 +89,7 @@ def load_saved(
         return load_model(saved, tokenizer, seed=0, device=device)
     sources.check_model(model)
     base, buffers, family, revision = _load_base(model, tokenizer, _place(device))
-    return Policy(adapters.load(base, folder), family, revision=revision, weights=buffers)
+    return _recomputing(Policy(adapters.load(base, folder), family, revision=revision, weights=buffers), model)
 
 
 def load_merged(
@@ -115,11 +115,6 @@ def _load_base(
     model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[PreTrainedModel, BaseWeights | None, Family, str | None]:
     """The base, frozen; the buffers it looks at; its family; the hub's commit."""
-    if model.gradient_checkpointing == "offload" and device.type != "cuda":
-        raise ModelError(
-            f"model.gradient_checkpointing=offload moves what layers keep from a GPU to the host, and the model is on "
-            f"{device}: set it to true"
-        )
     base, buffers = weights.read(model, tokenizer, device)
     base.requires_grad_(False)
     family = family_of(base.config)
@@ -130,9 +125,15 @@ def _load_base(
     cast(torch.nn.Embedding, base.get_input_embeddings()).padding_idx = None
     if not family.known:
         _probe(Policy(base, family, revision=revision), weights.dtype_of(model, device))
-    if model.gradient_checkpointing in (True, "offload"):
-        recompute_layers(base, model.name, offload=model.gradient_checkpointing == "offload")
     return base, buffers, family, revision
+
+
+def _recomputing(policy: Policy, model: config.Model) -> Policy:
+    """The policy, its layers as model.gradient_checkpointing says. After peft, which would undo a part of it."""
+    if model.gradient_checkpointing in (True, "offload"):
+        offload = model.gradient_checkpointing == "offload" and policy.device.type == "cuda"
+        recompute_layers(policy.base, model.name, offload=offload)
+    return policy
 
 
 def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False) -> None:

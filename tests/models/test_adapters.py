@@ -67,6 +67,26 @@ def test_recomputation_really_recomputes(folder: Path) -> None:
         recompute_layers(torch.nn.Linear(1, 1), "none")
 
 
+@pytest.mark.parametrize("keep", [True, "offload"])
+def test_a_model_loaded_so_recomputes_and_its_embedding_gets_no_gradient(
+    folder: Path, keep: object, tmp_path: Path
+) -> None:
+    """peft would have the embedding's output require one, which keeps that on the card. On the CPU, where a run's model
+    is exported and measured, `offload` recomputes."""
+    model = model_of(folder, gradient_checkpointing=keep)
+    loaded = load(model)
+    loaded.save(tmp_path, load_tokenizer(model))
+    for policy in (loaded, load_saved(tmp_path, model, load_tokenizer(model), device="cpu")):
+        assert policy.recomputes and not policy.offloads
+        needed: list[bool] = []
+        policy.base.get_input_embeddings().register_forward_hook(
+            lambda _, __, out, needed=needed: needed.append(out.requires_grad)
+        )
+        policy.train_mode(dropout=False)
+        found = gradients(policy, policy.logprobs(make_batch(), temperature=1.0).logprobs.sum())
+        assert needed == [False] and all(g.abs().max() > 0 for name, g in found.items() if "lora_B" in name)
+
+
 def test_the_adapter_starts_as_nothing_and_its_a_follows_the_seed(folder: Path) -> None:
     first, same, other = (load(model_of(folder), seed=seed) for seed in (0, 0, 1))
     plain = load(model_of(folder, lora=None))

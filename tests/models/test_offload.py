@@ -3,15 +3,16 @@
 import gc
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from reasoner import config
-from reasoner.errors import ModelError, OutOfMemory
-from reasoner.models.loading import load_model, load_tokenizer, recompute_layers
+from reasoner import train
+from reasoner.errors import ConfigError, OutOfMemory
+from reasoner.models.loading import recompute_layers
 from reasoner.models.offload import Chunks, Offload, Offloaded, Stream
 from reasoner.models.policy import Policy
 from tests.models.tiny_models import Batch, gradients, lora_of, make_batch, make_policy
@@ -149,10 +150,11 @@ def test_a_host_without_memory_to_lock_is_one_line(monkeypatch: pytest.MonkeyPat
         chunks.take(1)
 
 
-def test_on_the_cpu_it_is_refused_with_what_to_do() -> None:
-    model = config.Model(name="tiny", scratch=config.Scratch(characters="ab"), gradient_checkpointing="offload")
-    with pytest.raises(ModelError, match=r"the model is on cpu: set it to true"):
-        load_model(model, load_tokenizer(model), seed=0, device="cpu")
+def test_a_run_on_the_cpu_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"there is no CUDA GPU: set it to true"):
+        train("tiny", overrides=["model.gradient_checkpointing=offload", f"out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
