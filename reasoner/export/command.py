@@ -82,7 +82,7 @@ def export(request: Request, *, functions: Mapping[str, Callable[..., Any]] | No
     if request.repo:
         with Console() as console:
             console.status(f"pushing {out}")
-            console.say(f"pushed: {hub.push(request)}, {'private' if request.private else 'for all to see'}")
+            console.say(f"pushed: {hub.push(request)}")
     return out
 
 

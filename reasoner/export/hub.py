@@ -5,19 +5,19 @@ organisations' settings.
 """
 
 import json
-from typing import Any
+from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from reasoner.disk import replace as replace_file
 from reasoner.errors import ConfigError, RunFolderError
 from reasoner.export import card
-from reasoner.export.request import REPORT, Request
+from reasoner.export.request import REPORT, Request, read_report
 from reasoner.models.sources import first_line
 
-CARD = "README.md"
+CARD, ADAPTER_SETTINGS = "README.md", "adapter_config.json"
 
 
 def check(request: Request) -> None:
@@ -32,28 +32,41 @@ def check(request: Request) -> None:
 
 
 def push(request: Request) -> str:
-    """The artefact's address. Raises RunFolderError where the hub refuses or can't be reached, with what to do."""
+    """The artefact's address, and who may see it. Raises RunFolderError where the hub refuses or can't be reached, with
+    what to do."""
     repo, out = str(request.repo), request.out
-    told: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    told = read_report(out)
     replace_file(out / CARD, card.write(request.run, told, repo).encode())
     api = HfApi()
     try:
         found = api.create_repo(repo, private=request.private, exist_ok=True)
-        if request.private and not api.model_info(found.repo_id).private:
+        private = bool(api.model_info(found.repo_id).private)
+        if request.private and not private:
             raise ConfigError(
                 f"{found.repo_id} is there already and public: private=false pushes to it, repo=OTHER to another; "
                 f"the artefact is in {out}"
             )
-        # export.json names folders of this machine; the card has its numbers.
-        api.upload_folder(
-            repo_id=found.repo_id,
-            folder_path=out,
-            commit_message=f"{told['weights']} of a run of reasoner",
-            ignore_patterns=[REPORT],
-        )
+        api.create_commit(found.repo_id, _files(out), commit_message=f"{told['weights']} of a run of reasoner")
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise RunFolderError(
             f"the hub did not take {repo}: {first_line(error)}; the artefact is kept in {out}, and the same command "
             "pushes it from there"
         ) from None
-    return str(found)
+    kept = "private, as it was" if private and not request.private else "private" if private else "for all to see"
+    return f"{found}, {kept}"
+
+
+def _files(out: Path) -> list[CommitOperationAdd]:
+    """What is pushed: all but export.json, which names folders of this machine; the card has its numbers."""
+    paths = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != REPORT]
+    return [CommitOperationAdd(path.relative_to(out).as_posix(), _content(path)) for path in paths]
+
+
+def _content(path: Path) -> str | bytes:
+    """The file, or the bytes of an adapter's settings with a local base's name in place of its path."""
+    if path.name == ADAPTER_SETTINGS:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        base = Path(settings.get("base_model_name_or_path") or "")
+        if base.is_absolute():
+            return json.dumps({**settings, "base_model_name_or_path": base.name}, indent=2).encode()
+    return str(path)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reasoner.config import nearest
 from reasoner.errors import ConfigError, RunFolderError
@@ -135,7 +136,7 @@ def _out(own: dict[str, str], run: Path, to: str, quant: str) -> tuple[Path, boo
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return out, False
     if own["to"] == HUB and (out / REPORT).is_file():
-        told = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        told = read_report(out)
         ended, made = (path.stat().st_mtime if path.exists() else 0.0 for path in (run / SUMMARY, out / REPORT))
         same = told.get("passed") and told["to"] == to and told.get("quant", quant) == quant
         same = same and Path(told["run"]).resolve() == run.resolve()
@@ -144,3 +145,15 @@ def _out(own: dict[str, str], run: Path, to: str, quant: str) -> tuple[Path, boo
         if same and made >= ended:  # the run has not gone on since
             return out, True
     raise RunFolderError(f"out={out} exists and isn't empty: name another folder by out=, or remove it")
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The export.json of an artefact's folder. Raises RunFolderError where it is damaged."""
+    path = out / REPORT
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "weights" not in found:
+        raise RunFolderError(f"{path} is damaged: remove {out}, and the same command exports anew")
+    return found

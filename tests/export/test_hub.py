@@ -118,6 +118,10 @@ def test_an_adapter_is_pushed_privately_with_a_card_and_no_path_of_this_machine(
     ):
         assert part in body, part
     assert str(run.parent) not in text and "/tmp" not in text
+    pushed = json.loads(hub.files["adapter_config.json"])
+    assert pushed["base_model_name_or_path"] == "model" and not any(b"/tmp" in data for data in hub.files.values())
+    kept = json.loads((run / "exports/adapter/adapter_config.json").read_text())
+    assert Path(kept["base_model_name_or_path"]).is_absolute()  # where it is loaded from on this machine
 
 
 def test_a_refusal_keeps_the_artefact_and_the_same_command_goes_on(hub: Hub, run: Path, capsys: pytest.CaptureFixture):
@@ -131,6 +135,14 @@ def test_a_refusal_keeps_the_artefact_and_the_same_command_goes_on(hub: Hub, run
     assert main(asked) == 0
     assert (run / "exports/gguf-f16/model-f16.gguf").stat().st_mtime_ns == made, "it was made again"
     assert hub.created[-1]["visibility"] == "public" and set(hub.files) == {"README.md", "model-f16.gguf"}
+    assert "/me/sums, private, as it was" in capsys.readouterr().out, "the hub keeps what a repository was"
+    report = run / "exports/gguf-f16/export.json"
+    whole = report.read_text()
+    report.write_text(whole[:40])
+    assert main(asked) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"{report} is damaged: remove {report.parent}" in error and "\n" not in error
+    report.write_text(whole)
     (run / "summary.json").touch()
     assert main(asked) == 2
     assert "exists and isn't empty" in capsys.readouterr().err, "the run went on, and its artefact is of before"
