@@ -18,6 +18,7 @@ FREE = (
     "checkpoint.every",
     "resume.*",
     "grpo.show_every",
+    "model.gradient_checkpointing",  # what layers keep changes no number; a step that ran out of memory asks for more
 )
 FIXED = (  # these decide which rows come next, or what the weights are
     "data.*",
@@ -51,7 +52,7 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any], allow: Sequence
     changed = [key for key in dict.fromkeys((*before, *after)) if before.get(key, ABSENT) != after.get(key, ABSENT)]
     said = {key: f"{key} was {_show(before, key)}, now {_show(after, key)}" for key in changed}
     for key in changed:
-        if _matches(key, FIXED):
+        if _matches(key, FIXED) and not _matches(key, FREE):
             raise ConfigError(
                 f"{said[key]}: it would change the data's order or the model; go on without it, or start a new run"
             )
