@@ -35,14 +35,37 @@ def run_requests(
 ) -> None:
     """Sample all `requests` (EngineCoreRequest) on vLLM's in-process `core` (EngineCore).
 
-    `finished` is called with a request's id and what it gave, as soon as its burst is over.
+    `finished` is called with a request's id and what it gave, as soon as its burst is over. vLLM's older model runner
+    goes by the requests' own stop ids, which have to be the same.
     """
     for request in requests:
         core.add_request(*core.preprocess_add_request(request))
-    bursts = Bursts(core.scheduler, core.model_executor.driver_worker.worker, stop_ids)
+    worker = core.model_executor.driver_worker.worker
+    if not worker.use_v2_model_runner:
+        _run_one_by_one(core, finished)
+        return
+    bursts = Bursts(core.scheduler, worker, stop_ids)
     while core.scheduler.has_requests():
         for name, sampled in bursts.turn():
             finished(name, sampled)
+
+
+def _run_one_by_one(core: Any, finished: Callable[[str, Sampled], None]) -> None:
+    """vLLM's own loop, for its older model runner, which keeps on the host what a next token needs."""
+    waiting: dict[str, Sampled] = {}
+    while core.scheduler.has_requests() or core.batch_queue:
+        found, ran = core.step_fn()
+        core.post_step(model_executed=ran)
+        for output in found[0].outputs if found else ():
+            sampled = waiting.setdefault(output.request_id, Sampled())
+            sampled.token_ids += output.new_token_ids
+            if output.new_logprobs is not None:
+                sampled.logprobs += output.new_logprobs.logprobs[:, 0].tolist()
+            if output.new_prompt_logprobs_tensors is not None:
+                sampled.prompt_logprobs = output.new_prompt_logprobs_tensors.logprobs[:, 0]
+            if output.finish_reason is not None:
+                sampled.stopped = str(output.finish_reason) == "stop"
+                finished(output.request_id, waiting.pop(output.request_id))
 
 
 @dataclass(slots=True)

@@ -293,7 +293,8 @@ def _parameters(sampling: Sampling, seed: int) -> Any:
     return SamplingParams(
         temperature=sampling.temperature,
         max_tokens=sampling.max_tokens,
-        ignore_eos=True,  # vllm_bursts.py stops at ours
+        stop_token_ids=list(sampling.stop_ids),
+        ignore_eos=True,  # ours alone stop
         logprobs=0,  # of the sampled token, and of no other
         detokenize=False,
         seed=seed,  # also for the likeliest, which draws nothing: without one vLLM draws one from numpy's state

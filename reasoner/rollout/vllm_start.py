@@ -89,7 +89,8 @@ def _start(
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
                 disable_log_stats=True,
-                async_scheduling=False,  # vllm_bursts.py asks the scheduler once for many tokens instead
+                # vllm_bursts.py asks the scheduler once for many tokens instead, but for the older model runner.
+                async_scheduling=None if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0" else False,
                 # Without inductor: seconds to start instead of minutes, and faster here too.
                 compilation_config={
                     "mode": 0,

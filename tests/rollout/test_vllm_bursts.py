@@ -126,6 +126,8 @@ class Scheduler:
 
 
 class Worker:
+    use_v2_model_runner = True
+
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         self.computed: dict[str, int] = {}  # what lies on the card
@@ -208,6 +210,49 @@ def expected(name: str, num_prompt: int, max_tokens: int) -> tuple[list[int], li
         if ids[-1] in STOPS:
             return ids, scores, True
     return ids, scores, False
+
+
+def test_the_older_model_runner_goes_token_by_token():
+    """vLLM's own steps: some give nothing, some a part of a prompt's scores, and requests end in any order."""
+
+    def output(name: str, ids: list[int], reason: str | None = None, scores: object = None) -> SimpleNamespace:
+        logprobs = SimpleNamespace(logprobs=numpy.array([[-float(i)] for i in ids])) if ids else None
+        return SimpleNamespace(
+            request_id=name, new_token_ids=ids, new_logprobs=logprobs, new_prompt_logprobs_tensors=scores,
+            finish_reason=reason,
+        )  # fmt: skip
+
+    of_prompt = SimpleNamespace(logprobs=torch.tensor([[-1.0], [-2.0]]))
+    steps: list[list[SimpleNamespace] | None] = [
+        [output("0", [5]), output("1", [6], None, of_prompt)],
+        None,
+        [output("1", [3], "stop")],
+        [output("0", [7], "length")],
+    ]
+    added: list[str] = []
+    core = SimpleNamespace(
+        preprocess_add_request=lambda name: (name, 0),
+        add_request=lambda name, wave: added.append(name),
+        scheduler=SimpleNamespace(has_requests=lambda: len(steps) > 1),
+        batch_queue=steps,  # the last result is still under way when the scheduler has nothing left
+        post_step=lambda model_executed: None,
+        model_executor=SimpleNamespace(
+            driver_worker=SimpleNamespace(worker=SimpleNamespace(use_v2_model_runner=False))
+        ),
+    )
+
+    def step_fn():
+        outputs = steps.pop(0)
+        return (None if outputs is None else {0: SimpleNamespace(outputs=outputs)}), True
+
+    core.step_fn = step_fn
+    found: dict[str, Sampled] = {}
+    run_requests(core, ["0", "1"], STOPS, found.__setitem__)
+    assert added == ["0", "1"] and list(found) == ["1", "0"]
+    assert (found["0"].token_ids, found["0"].logprobs, found["0"].stopped) == ([5, 7], [-5.0, -7.0], False)
+    assert (found["1"].token_ids, found["1"].stopped) == ([6, 3], True)
+    scores = found["1"].prompt_logprobs
+    assert scores is not None and scores.tolist() == [-1.0, -2.0]
 
 
 @pytest.mark.parametrize("burst", [1, 2, 5, 32])
