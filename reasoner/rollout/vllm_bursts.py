@@ -36,7 +36,8 @@ def run_requests(
     """Sample all `requests` (EngineCoreRequest) on vLLM's in-process `core` (EngineCore).
 
     `finished` is called with a request's id and what it gave, as soon as its burst is over. vLLM's older model runner
-    goes by the requests' own stop ids, which have to be the same.
+    goes by the requests' own stop ids, which have to be the same. After an error in a burst, or in `finished`, a later
+    call finds none of these requests.
     """
     for request in requests:
         core.add_request(*core.preprocess_add_request(request))
@@ -45,9 +46,12 @@ def run_requests(
         _run_one_by_one(core, finished)
         return
     bursts = Bursts(core.scheduler, worker, stop_ids)
-    while core.scheduler.has_requests():
-        for name, sampled in bursts.turn():
-            finished(name, sampled)
+    try:
+        while core.scheduler.has_requests():
+            for name, sampled in bursts.turn():
+                finished(name, sampled)
+    finally:
+        bursts.end(list(core.scheduler.requests))
 
 
 def _run_one_by_one(core: Any, finished: Callable[[str, Sampled], None]) -> None:
@@ -196,8 +200,11 @@ class Bursts:
                 request.append_output_token_ids(ids[:kept])
                 request.num_computed_tokens += len(drawn) - 1
                 request.take_prefill_stats()  # left there, they would be taken for those of a prompt read again
-        if ended:
-            names_ended = [name for name, _ in ended]
-            status = type(self.scheduler.requests[names_ended[0]].status).FINISHED_STOPPED
-            self.scheduler.finish_requests(names_ended, status)
+        self.end([name for name, _ in ended])
         return ended
+
+    def end(self, names: Sequence[str]) -> None:
+        """Tell the scheduler that these requests are over."""
+        if names:
+            status = type(self.scheduler.requests[names[0]].status).FINISHED_STOPPED
+            self.scheduler.finish_requests(names, status)

@@ -121,7 +121,7 @@ class Scheduler:
         for name in names:
             request = self.requests.pop(name)
             request.status = status
-            self.running.remove(request)
+            (self.running if request in self.running else self.waiting).remove(request)
             self.gone.add(name)
 
 
@@ -175,22 +175,25 @@ class Worker:
         )
 
 
-def run(
-    lengths: list[tuple[int, int]], *, places: int = 8, budget: int = 64, stops: tuple[int, ...] = STOPS
-) -> tuple[dict[str, Sampled], Worker]:
+def make_core(places: int, budget: int) -> SimpleNamespace:
     scheduler = Scheduler(places, budget)
-    worker = Worker(scheduler)
 
     def add(request: Request, wave: int) -> None:
         scheduler.requests[request.request_id] = request
         scheduler.waiting.append(request)
 
-    core = SimpleNamespace(
+    return SimpleNamespace(
         preprocess_add_request=lambda request: (request, 0),
         add_request=add,
         scheduler=scheduler,
-        model_executor=SimpleNamespace(driver_worker=SimpleNamespace(worker=worker)),
+        model_executor=SimpleNamespace(driver_worker=SimpleNamespace(worker=Worker(scheduler))),
     )
+
+
+def run(
+    lengths: list[tuple[int, int]], *, places: int = 8, budget: int = 64, stops: tuple[int, ...] = STOPS
+) -> tuple[dict[str, Sampled], Worker]:
+    core = make_core(places, budget)
     found: dict[str, Sampled] = {}
 
     def finished(name: str, sampled: Sampled) -> None:
@@ -198,7 +201,7 @@ def run(
         found[name] = sampled
 
     run_requests(core, [Request(str(i), *pair) for i, pair in enumerate(lengths)], stops, finished)
-    return found, worker
+    return found, core.model_executor.driver_worker.worker
 
 
 def expected(name: str, num_prompt: int, max_tokens: int) -> tuple[list[int], list[float], bool]:
@@ -284,3 +287,17 @@ def test_places_that_are_free_are_filled_before_the_burst_is_over():
     lengths = [(4, 64)] * 8 + [(4, 4)] * 22  # of ten places two are wanted again and again
     found, worker = run(lengths, places=10, stops=())
     assert len(found) == 30 and worker.steps < 68, worker.steps
+
+
+def test_a_call_after_an_error_finds_nothing_of_the_one_before():
+    core = make_core(places=3, budget=64)
+
+    def refuse(name: str, sampled: Sampled) -> None:
+        raise ValueError(name)
+
+    with pytest.raises(ValueError):
+        run_requests(core, [Request(str(i), 5, 5 + 20 * i) for i in range(6)], (), refuse)
+    assert not core.scheduler.requests and not core.scheduler.waiting and not core.scheduler.running
+    found: dict[str, Sampled] = {}
+    run_requests(core, [Request("9", 4, 30)], (), found.__setitem__)
+    assert list(found) == ["9"] and found["9"].token_ids == [token("9", 4 + i) for i in range(30)]
