@@ -167,7 +167,15 @@ def kv_token_bytes(hf_config: Any) -> int:
 
 
 def parts_before(config: Config, held: Held, *, total: int, free: int, max_context: int) -> MemoryPlan:
-    """All parts but those that take turns, which are 0; `free` is what the card has with the policy loaded."""
+    """All parts but those that take turns, which are 0; `free` is what the card has with the policy loaded.
+
+    Raises ModelError where rollout.dequantize=true has nothing to work on.
+    """
+    if config.rollout.dequantize is True and not held.in_16_bits:
+        raise ModelError(
+            "rollout.dequantize=true holds an NF4 base in 16 bits too, and this base is not NF4 or not shared with the "
+            "engine: set it to auto"
+        )
     stages = _training_stages(config)
     copies = BFLOAT16 + (FLOAT32 if "grpo" in stages and config.grpo.kl_coef > 0 else 0)
     targets = [str(getattr(config, stage).optim.optimizer.get("_target_", "")) for stage in stages]

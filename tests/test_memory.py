@@ -128,6 +128,8 @@ def test_a_base_in_16_bits_that_was_asked_for_takes_from_the_cache_and_is_refuse
     assert plan.kv_bytes == 6 * GIB - plan.always - 2560 * MIB
     with pytest.raises(ModelError, match=r"^rollout\.dequantize=true needs .* set it to auto or false$"):
         planned(asked, 5.3, 1, held)
+    with pytest.raises(ModelError, match=r"^rollout\.dequantize=true .* this base is not NF4"):
+        planned(asked, 8, 1)
 
 
 def test_training_and_sampling_take_turns():
