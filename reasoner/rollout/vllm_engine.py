@@ -127,7 +127,8 @@ class VllmEngine:
                 finished(i, k, completion)
 
         self._run(requests, sampling.stop_ids, end)
-        found = [[completion for completion in several if completion] for several in done]
+        found = [[completion for completion in several if completion is not None] for several in done]
+        assert all(len(several) == sampling.num_completions for several in found), "a request did not end"
         if not self._looked:
             self._look(prompts, found, policy_step)
             self._looked = True
