@@ -69,7 +69,7 @@ def test_sft_and_updates_run_while_the_engine_sleeps_and_it_samples_only_from_wh
 ) -> None:
     made: list[Strict] = []
 
-    def make_engine(name, conf, policy, decode, *, max_context, kv_bytes):
+    def make_engine(name, conf, policy, decode, *, max_context):
         made.append(Strict(policy, decode, max_context=max_context, max_sequences=64))
         return made[-1]
 
@@ -101,7 +101,7 @@ def test_a_card_that_fails_ends_in_one_line_with_its_checkpoint_kept_and_nothing
                 raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
             return super().generate(prompts, sampling, policy_step=policy_step, **how)
 
-    def make_engine(name, conf, policy, decode, *, max_context, kv_bytes):
+    def make_engine(name, conf, policy, decode, *, max_context):
         made.append(Failing(policy, decode, max_context=max_context, max_sequences=64))
         return made[-1]
 
@@ -121,7 +121,7 @@ def test_an_evaluation_asks_for_no_more_sequences_at_once_than_the_engine_holds(
     """40 problems, greedy and one sample, 4 sequences at once: 10 pieces of 4."""
     made: list[Strict] = []
 
-    def make_engine(name, conf, policy, decode, *, max_context, kv_bytes):
+    def make_engine(name, conf, policy, decode, *, max_context):
         made.append(Strict(policy, decode, max_context=max_context, max_sequences=4))
         return made[-1]
 
