@@ -97,11 +97,7 @@ class Bursts:
         first = self._start(plan)
         if not plan.num_scheduled_tokens:
             return []  # it only told the runner which requests are gone
-        length = self.length_of(plan, most)
-        if length == 1:
-            self._wait(first)
-            return self._take(first.model_runner_output.req_ids, [self._drawn(first, None)], first)
-        names, drawn = self._burst(plan, first, length)
+        names, drawn = self._burst(plan, first, self.length_of(plan, most))
         return self._take(names, drawn, first)
 
     def length_of(self, plan: Any, most: int) -> int:
@@ -155,17 +151,14 @@ class Bursts:
         done = self.worker.execute_model(plan)
         return self.worker.sample_tokens(None) if done is None else done
 
-    def _wait(self, step: Any) -> None:
+    def _drawn(self, step: Any, names: list[str]) -> Drawn:
+        """A step's results, once it is through, in the order of `names`."""
         step.copy_event.synchronize()
-
-    def _drawn(self, step: Any, names: list[str] | None) -> Drawn:
-        """A step's results, in the order of `names`, else in its own."""
-        self._wait(step)
         tokens = step.sampled_token_ids[:, 0]
         tensors = step.logprobs_tensors
         logprobs = numpy.zeros(len(tokens), numpy.float32) if tensors is None else tensors.logprobs[:, 0].numpy()
         own = step.model_runner_output.req_ids
-        if names is None or own == names:
+        if own == names:
             return Drawn(tokens, logprobs)
         places = {name: i for i, name in enumerate(own)}
         order = numpy.array([places[name] for name in names])

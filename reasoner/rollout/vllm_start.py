@@ -32,7 +32,31 @@ DEFAULTS = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
 }
 
+ALWAYS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",
+    "dtype": "bfloat16",
+    "gpu_memory_utilization": 0.01,  # is checked, and then not used: kv_cache_memory_bytes decides
+    "enable_sleep_mode": True,
+    "enable_prefix_caching": True,
+    "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+    "disable_log_stats": True,
+}
 
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds Python's, numpy's and torch's generators when it starts; afterwards they are what they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+
+
+@_random_state_kept()
 def start(
     folder: Path,
     policy: Policy,
@@ -50,20 +74,6 @@ def start(
     """
     _set_environment()
     _write_config(policy, folder)
-    with _random_state_kept():
-        return _start(folder, policy, adapter, rollout, max_context, kv_bytes, dequantize, model_path)
-
-
-def _start(
-    folder: Path,
-    policy: Policy,
-    adapter: EngineAdapter,
-    rollout: config.Rollout,
-    max_context: int,
-    kv_bytes: int,
-    dequantize: bool,
-    model_path: str | None,
-) -> tuple[Any, Any]:
     from vllm import LLM
 
     from reasoner.rollout import vllm_weights
@@ -73,22 +83,15 @@ def _start(
     try:
         with redirect_stderr(io.StringIO()):  # progress bars: a start takes seconds
             llm = LLM(
+                **ALWAYS,
                 model=model_path or str(folder),
                 revision=policy.revision if model_path else None,
-                skip_tokenizer_init=True,
-                generation_config="vllm",
-                dtype="bfloat16",
                 load_format="auto" if model_path else vllm_weights.LOAD_FORMAT,
                 quantization=vllm_weights.QUANTIZATION,
                 max_model_len=max_context,
                 max_num_seqs=rollout.max_sequences,
                 max_num_batched_tokens=max(rollout.max_batched_tokens, rollout.max_sequences),
                 kv_cache_memory_bytes=kv_bytes,
-                gpu_memory_utilization=0.01,  # is checked, and then not used: kv_cache_memory_bytes decides
-                enable_sleep_mode=True,
-                enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-                disable_log_stats=True,
                 # vllm_bursts.py asks the scheduler once for many tokens instead, but for the older model runner.
                 async_scheduling=None if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0" else False,
                 # Without inductor: seconds to start instead of minutes, and faster here too.
@@ -124,18 +127,6 @@ def _set_environment() -> None:
     os.environ.update(ENVIRONMENT)
     for name, value in (DEFAULTS | needed).items():
         os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """vLLM seeds Python's, numpy's and torch's generators when it starts; afterwards they are what they were."""
-    python, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)
 
 
 def capture_sizes(max_sequences: int) -> list[int]:
