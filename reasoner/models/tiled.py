@@ -8,7 +8,7 @@ second time, and attention, whose memory is not wide.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 MOST_ROWS = 16_384  # tokens that are computed at once: matrices are dequantized once for them, and once for each tile
 TILE_ROWS = 8192
+WIDE_ROW = 14_336 * 2  # bytes of gate's row in an 8B Llama; of narrower rows as many bytes are a tile
 
 
 def tile(model: nn.Module) -> int:
@@ -34,13 +35,15 @@ class Tiled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] -> [.., D]."""
-        if x.shape[:-1].numel() <= MOST_ROWS or _drops(self):
+        wide = cast(nn.Linear, self.down_proj).in_features * x.element_size()
+        most, size = (rows * max(WIDE_ROW, wide) // wide for rows in (MOST_ROWS, TILE_ROWS))
+        if x.shape[:-1].numel() <= most or _drops(self):
             return super().forward(x)
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         if not torch.is_grad_enabled() or not (weights or x.requires_grad):
-            return _each(super().forward, x)
+            return _each(super().forward, x, size)
         kept: Any = _Keep.apply(x if x.requires_grad else x.detach().requires_grad_())
-        found: Any = _Tiles.apply(kept, kept.grad_fn, super().forward, *weights)
+        found: Any = _Tiles.apply(kept, kept.grad_fn, super().forward, size, *weights)
         return found
 
 
@@ -59,12 +62,14 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
-    """x [.., D], the node of `_Keep` that made it, a function of rows, and the weights in it that learn."""
+    """x [.., D], the node of `_Keep` that made it, a function of rows, a tile's rows, and the weights that learn."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keeper: Any, run: Callable[[Tensor], Tensor], *weights: Tensor) -> Tensor:
-        ctx.keeper, ctx.run, ctx.weights = keeper, run, weights
-        return _each(run, x)
+    def forward(
+        ctx: Any, x: Tensor, keeper: Any, run: Callable[[Tensor], Tensor], size: int, *weights: Tensor
+    ) -> Tensor:
+        ctx.keeper, ctx.run, ctx.size, ctx.weights = keeper, run, size, weights
+        return _each(run, x, size)
 
     @staticmethod
     @once_differentiable
@@ -73,7 +78,7 @@ class _Tiles(torch.autograd.Function):
         x_gradient = torch.empty_like(x)
         sums = [torch.zeros_like(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in ctx.weights]
         rows, gradients, x_gradients = (one.view(-1, one.shape[-1]) for one in (x, gradient.contiguous(), x_gradient))
-        for part in _parts(len(rows)):
+        for part in _parts(len(rows), ctx.size):
             with torch.enable_grad():
                 piece = rows[None, part].detach().requires_grad_()
                 out = ctx.run(piece)
@@ -81,14 +86,15 @@ class _Tiles(torch.autograd.Function):
             x_gradients[part] = found[0][0]
             for total, one in zip(sums, found[1:], strict=True):
                 total += one
-        return x_gradient, None, None, *(total.to(one.dtype) for total, one in zip(sums, ctx.weights, strict=True))
+        totals = [total.to(one.dtype) for total, one in zip(sums, ctx.weights, strict=True)]
+        return x_gradient, None, None, None, *totals
 
 
-def _each(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _each(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
     """The function of each tile, put together."""
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor | None = None
-    for part in _parts(len(rows)):
+    for part in _parts(len(rows), size):
         found = run(rows[None, part])[0]
         out = found.new_empty(len(rows), found.shape[-1]) if out is None else out
         out[part] = found
@@ -96,9 +102,9 @@ def _each(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def _parts(num_rows: int) -> Iterator[slice]:
-    for begin in range(0, num_rows, TILE_ROWS):
-        yield slice(begin, min(begin + TILE_ROWS, num_rows))
+def _parts(num_rows: int, size: int) -> Iterator[slice]:
+    for begin in range(0, num_rows, size):
+        yield slice(begin, min(begin + size, num_rows))
 
 
 def _drops(module: nn.Module) -> bool:

@@ -66,4 +66,5 @@ def test_a_batch_that_goes_through_mlps_in_tiles_is_scored_as_a_whole(
     whole = policy.logprobs(batch, temperature=1.0).logprobs
     monkeypatch.setattr(tiled, "MOST_ROWS", 4)
     monkeypatch.setattr(tiled, "TILE_ROWS", 3)
+    monkeypatch.setattr(tiled, "WIDE_ROW", 1)
     torch.testing.assert_close(policy.logprobs(batch, temperature=1.0).logprobs, whole, atol=1e-4, rtol=1e-4)

@@ -17,8 +17,14 @@ BATCH = make_batch((30, 21))  # 51 rows: tiles of 8, the last of 3
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "MOST_ROWS", 50)
-    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
+    cut(monkeypatch, 50, 8)
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, most: int, size: int) -> None:
+    """Rows at once and rows of a tile, however narrow they are."""
+    monkeypatch.setattr(tiled, "MOST_ROWS", most)
+    monkeypatch.setattr(tiled, "TILE_ROWS", size)
+    monkeypatch.setattr(tiled, "WIDE_ROW", 1)
 
 
 def learn(policy: Policy, **how: Any) -> dict[str, torch.Tensor]:
@@ -47,8 +53,7 @@ def test_gradients_are_those_of_the_whole(
     if recompute:
         recompute_layers(policy.base, "tiny")
     whole = learn(policy)
-    monkeypatch.setattr(tiled, "MOST_ROWS", 50)
-    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
+    cut(monkeypatch, 50, 8)
     found = learn(policy)
     for name, truth in whole.items():
         torch.testing.assert_close(found[name], truth, atol=1e-10, rtol=1e-10)
@@ -75,11 +80,43 @@ def test_where_something_is_dropped_it_is_computed_whole(monkeypatch: pytest.Mon
     policy = make_policy("llama", lora=lora_of("llama", dropout=0.5))
     seen: list[int] = []
     each = tiled._each
-    monkeypatch.setattr(tiled, "_each", lambda run, x: seen.append(x.shape[1]) or each(run, x))
+    monkeypatch.setattr(tiled, "_each", lambda run, x, size: seen.append(x.shape[1]) or each(run, x, size))
     learn(policy, dropout=True)
     assert seen == []
     learn(policy)
     assert seen == [51, 51]
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "dtype", "tiles"),
+    [
+        (14_336, 16_384, torch.bfloat16, [16_384]),  # an 8B Llama
+        (14_336, 20_000, torch.bfloat16, [8192, 8192, 3616]),
+        (18_944, 16_384, torch.bfloat16, [16_384]),  # Qwen2.5-7B: wider, and not cut earlier
+        (14_336, 16_385, torch.float32, [8192, 8192, 1]),
+        (8960, 26_214, torch.bfloat16, [26_214]),  # Qwen2.5-1.5B: 28,672 / 17,920 of the rows
+        (8960, 26_215, torch.bfloat16, [13_107, 13_107, 1]),
+        (1536, 65_536, torch.bfloat16, [65_536]),  # SmolLM2-135M
+    ],
+)
+@torch.no_grad()
+def test_a_batch_is_cut_by_the_bytes_of_its_widest_rows(
+    width: int, rows: int, dtype: torch.dtype, tiles: list[int]
+) -> None:
+    class WideMLP(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down_proj = torch.nn.Linear(width, 1, device="meta")  # of which nothing but its width is asked
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.shape[1])
+            return x
+
+    seen: list[int] = []
+    mlp = WideMLP()
+    assert tiled.tile(mlp) == 1
+    x = torch.arange(rows, dtype=dtype)[None, :, None]
+    assert torch.equal(mlp(x), x) and seen == tiles
 
 
 @pytest.mark.gpu
@@ -100,7 +137,7 @@ def test_on_a_card_a_long_batch_takes_half_of_the_memory(monkeypatch: pytest.Mon
     batch = Batch(one.token_ids.cuda(), Layout.of(lengths, "cuda"), one.completion_mask.cuda())
     peaks, found = [], []
     for most in (1 << 20, tiled.MOST_ROWS):
-        monkeypatch.setattr(tiled, "MOST_ROWS", most)
+        cut(monkeypatch, most, tiled.TILE_ROWS)
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
