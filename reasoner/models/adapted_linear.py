@@ -36,22 +36,36 @@ class Frozen:
         return (whole,) if len(self.rows) == 1 else whole.split(self.rows)
 
 
+def adapted(
+    x: Tensor, frozen: Frozen, scaling: float, a: Tensor, bs: Sequence[Tensor], masters: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """n outputs [.., rows[i]] of x [.., K]: the adapter in the dtype of x, its A's as one [n r, K] and each B
+    [rows[i], r], is what is computed with; its masters, n A's and n B's, are what gets the gradients."""
+    with torch.no_grad():
+        flat = x.reshape(-1, x.shape[-1])
+        low = linear(flat, a)
+    # A layer that runs again for its backward stops once the last tensor that it saves is there, which for a function
+    # of autograd's is when its forward is over. So outputs are filled after it: nobody asks for the last one again.
+    outs: tuple[Tensor, ...] = Adapted.apply(x, low, frozen, scaling, a, *bs, *masters)  # pyright: ignore[reportAssignmentType]
+    with torch.no_grad():
+        for out, matrix, bias, b, part in zip(outs, frozen.matrices(), frozen.biases, bs, _parts(low, bs), strict=True):
+            rows = out.view(-1, out.shape[-1])
+            torch.mm(flat, matrix.t(), out=rows) if bias is None else torch.addmm(bias, flat, matrix.t(), out=rows)
+            rows.addmm_(part, b.t(), alpha=scaling)
+    return outs
+
+
 class Adapted(torch.autograd.Function):
-    """x [.., K], `Frozen` of n matrices, scaling; of the adapter in the dtype of x: the A's as one [n r, K], then each
-    B [rows[i], r]; then their masters, which get the gradients: n A's, n B's. -> n outputs [.., rows[i]]."""
+    """`adapted`, but for what stands in the outputs; `low` is x A^T [N, n r]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: Frozen, scaling: float, a: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        """The layers' outputs."""
-        bs = more[: len(frozen.rows)]
-        outs = [linear(x, matrix, bias) for matrix, bias in zip(frozen.matrices(), frozen.biases, strict=True)]
-        low = linear(x, a)
-        flat = low.view(-1, low.shape[-1])
-        for out, b, part in zip(outs, bs, _parts(flat, bs), strict=True):
-            out.view(-1, out.shape[-1]).addmm_(part, b.t(), alpha=scaling)
-        ctx.save_for_backward(x, flat, a, *bs)
+    def forward(
+        ctx: Any, x: Tensor, low: Tensor, frozen: Frozen, scaling: float, a: Tensor, *more: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The layers' outputs, not filled yet."""
+        ctx.save_for_backward(x, low, a, *more[: len(frozen.rows)])
         ctx.frozen, ctx.scaling, ctx.master_dtype = frozen, scaling, more[-1].dtype
-        return tuple(outs)
+        return tuple(x.new_empty(*x.shape[:-1], count) for count in frozen.rows)
 
     @staticmethod
     @once_differentiable
@@ -73,7 +87,7 @@ class Adapted(torch.autograd.Function):
             x_gradient = total.view_as(x)
         a_gradients = _product(low_gradient.t(), rows, dtype).split([b.shape[1] for b in bs])
         b_gradients = [_product(g.t(), part, dtype).mul_(scaling) for g, part in zip(gs, _parts(low, bs), strict=True)]
-        return x_gradient, None, None, None, *(None for _ in bs), *a_gradients, *b_gradients
+        return x_gradient, None, None, None, None, *(None for _ in bs), *a_gradients, *b_gradients
 
 
 def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -119,10 +133,7 @@ class Siblings:
         masters = [layer.masters for layer in self.layers]
         a, bs = self._rounded_to(x.dtype, masters)
         scaling = self.layers[0].scale
-        outputs: Any = Adapted.apply(
-            x, self.frozen, scaling, a, *bs, *(one for one, _ in masters), *(one for _, one in masters)
-        )
-        return outputs
+        return adapted(x, self.frozen, scaling, a, bs, [*(one for one, _ in masters), *(one for _, one in masters)])
 
     def _rounded_to(self, dtype: torch.dtype, masters: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
         """The adapter in this dtype. Kept until a master changes: by its address or by PyTorch's count of writes, which

@@ -12,12 +12,12 @@ from torch import Tensor
 from reasoner import config
 from reasoner.memory import peak_bytes
 from reasoner.models import adapted_linear, adapters, base_model
-from reasoner.models.adapted_linear import Adapted, AdaptedLinear, Frozen
+from reasoner.models.adapted_linear import AdaptedLinear, Frozen, adapted
 from reasoner.models.attention import Layout
 from reasoner.models.families import family_of
 from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
-from tests.models.tiny_models import TARGETS, fill_b, gradients, make_batch, make_model
+from tests.models.tiny_models import TARGETS, fill_b, gradients, lora_of, make_batch, make_model, make_policy
 
 LORA = config.Lora(r=4, alpha=12)
 
@@ -84,8 +84,8 @@ def test_its_gradients_are_those_of_its_output() -> None:
         tensor.requires_grad_()
 
     def both(x: Tensor, a: Tensor, other_a: Tensor, b: Tensor, other_b: Tensor) -> Tensor:
-        rounded = torch.cat([a, other_a]).detach(), b.detach(), other_b.detach()
-        return torch.cat(Adapted.apply(x, frozen, 1.7, *rounded, a, other_a, b, other_b), -1)
+        rounded = torch.cat([a, other_a]).detach(), [b.detach(), other_b.detach()]
+        return torch.cat(adapted(x, frozen, 1.7, *rounded, [a, other_a, b, other_b]), -1)
 
     true = torch.cat([x @ w[:5].T + bias + 1.7 * x @ a.T @ b.T, x @ w[5:].T + 1.7 * x @ other_a.T @ other_b.T], -1)
     torch.testing.assert_close(both(x, a, other_a, b, other_b), true)
@@ -110,6 +110,30 @@ def test_neighbours_are_computed_together_and_each_alone_as_well(nf4: bool) -> N
         torch.testing.assert_close(out, base + layer.scale * (x @ a.T) @ b.T, rtol=0.02, atol=0.02)
     assert torch.equal(v(other), v(other)) and not torch.equal(v(other), v(x))
     assert torch.equal(k(x), alone[1]) and torch.equal(q(x), alone[0])
+
+
+@pytest.mark.parametrize(("family", "again"), [("llama", 6), ("gemma3_text", 7)])
+def test_a_layer_that_runs_again_leaves_out_the_product_whose_output_nobody_asks_for(
+    family: str, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma's norm after the MLP does ask for it. Of the two layers' backward, the first's q, k and v need no base."""
+    policy = make_policy(family, lora=lora_of(family))
+    policy.train_mode(dropout=False)
+    calls: list[Frozen] = []
+    matrices = Frozen.matrices
+    monkeypatch.setattr(Frozen, "matrices", lambda self: calls.append(self) or matrices(self))
+
+    def run() -> tuple[dict[str, Tensor], int]:
+        loss = policy.logprobs(make_batch(), temperature=1.0).logprobs.square().sum()
+        before = len(calls)
+        return gradients(policy, loss), len(calls) - before
+
+    kept, once = run()
+    recompute_layers(policy.base, "tiny")
+    policy.train_mode(dropout=False)
+    found, twice = run()
+    assert (once, twice) == (2 * 7 - 3, 2 * 7 - 3 + 2 * again)
+    assert all(torch.equal(gradient, kept[name]) for name, gradient in found.items())
 
 
 def test_every_change_of_a_master_is_seen() -> None:
