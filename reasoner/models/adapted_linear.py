@@ -15,7 +15,6 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from reasoner.models import nf4
 from reasoner.models.base_weights import BaseWeights
@@ -43,20 +42,21 @@ def adapted(
     [rows[i], r], is what is computed with; its masters, n A's and n B's, are what gets the gradients."""
     with torch.no_grad():
         flat = x.reshape(-1, x.shape[-1])
-        low = linear(flat, a)
+        low = _scaled(flat, a.t(), scaling, flat.new_empty(len(flat), len(a)))
     # A layer that runs again for its backward stops once the last tensor that it saves is there, which for a function
     # of autograd's is when its forward is over. So outputs are filled after it: nobody asks for the last one again.
     outs: tuple[Tensor, ...] = Adapted.apply(x, low, frozen, scaling, a, *bs, *masters)  # pyright: ignore[reportAssignmentType]
     with torch.no_grad():
         for out, matrix, bias, b, part in zip(outs, frozen.matrices(), frozen.biases, bs, _parts(low, bs), strict=True):
+            # The small term first: the large one is then added as the product is written, and the sum rounded once.
             rows = out.view(-1, out.shape[-1])
-            torch.mm(flat, matrix.t(), out=rows) if bias is None else torch.addmm(bias, flat, matrix.t(), out=rows)
-            rows.addmm_(part, b.t(), alpha=scaling)
+            torch.mm(part, b.t(), out=rows) if bias is None else torch.addmm(bias, part, b.t(), out=rows)
+            rows.addmm_(flat, matrix.t())
     return outs
 
 
 class Adapted(torch.autograd.Function):
-    """`adapted`, but for what stands in the outputs; `low` is x A^T [N, n r]."""
+    """`adapted`, but for what stands in the outputs; `low` is scaling x A^T [N, n r]."""
 
     @staticmethod
     def forward(
@@ -77,8 +77,7 @@ class Adapted(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low_gradient = torch.empty_like(low)
         for g, b, part in zip(gs, bs, _parts(low_gradient, bs), strict=True):
-            torch.mm(g, b, out=part)
-        low_gradient.mul_(scaling)
+            _scaled(g, b, scaling, part)
         x_gradient = None
         if ctx.needs_input_grad[0]:
             total = low_gradient @ a
@@ -86,13 +85,18 @@ class Adapted(torch.autograd.Function):
                 total.addmm_(g, matrix)
             x_gradient = total.view_as(x)
         a_gradients = _product(low_gradient.t(), rows, dtype).split([b.shape[1] for b in bs])
-        b_gradients = [_product(g.t(), part, dtype).mul_(scaling) for g, part in zip(gs, _parts(low, bs), strict=True)]
+        b_gradients = [_product(g.t(), part, dtype) for g, part in zip(gs, _parts(low, bs), strict=True)]
         return x_gradient, None, None, None, None, *(None for _ in bs), *a_gradients, *b_gradients
 
 
 def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The columns of x A^T [N, n r] that belong to each B."""
+    """The columns of scaling x A^T [N, n r] that belong to each B."""
     return low.split([b.shape[1] for b in bs], dim=1)
+
+
+def _scaled(left: Tensor, right: Tensor, scaling: float, out: Tensor) -> Tensor:
+    """scaling * left @ right, written to `out` by the product itself, whatever stands there."""
+    return out.addmm_(left, right, beta=0, alpha=scaling)
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -95,6 +95,21 @@ def test_its_gradients_are_those_of_its_output() -> None:
     assert a.grad is not None and first.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_its_output_errs_less_than_with_the_adapter_added_last(dtype: torch.dtype, with_bias: bool) -> None:
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"x": (200, 96), "w": (160, 96), "bias": (160,), "a": (8, 96), "b": (160, 8)}
+    drawn = {name: torch.randn(shape, generator=draws).to(dtype) for name, shape in shapes.items()}
+    x, w, bias, a, b = drawn["x"], drawn["w"], drawn["bias"] if with_bias else None, drawn["a"] / 10, drawn["b"] / 10
+    (out,) = adapted(x, Frozen(w, None, (160,), (bias,)), 1.7, a, [b], [a.float(), b.float()])
+    last = torch.nn.functional.linear(x, w, bias).addmm_(x @ a.T, b.T, alpha=1.7)
+    base, low = x.double() @ w.double().T, x.double() @ a.double().T
+    true = base + 1.7 * low @ b.double().T + (0 if bias is None else bias.double())
+    allowed = 1.02 if dtype == torch.float32 else 0.8  # of 16 bits, the large term is rounded once and not twice
+    assert off(out.double(), true) <= allowed * off(last.double(), true) < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("nf4", [False, True])
 def test_neighbours_are_computed_together_and_each_alone_as_well(nf4: bool) -> None:
     ours, _ = twins(torch.bfloat16, nf4)
