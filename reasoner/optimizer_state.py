@@ -34,13 +34,19 @@ def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], json_sta
             "give the old one, or start a new run"
         )
     state = _restore(json_state["state"], tensors)
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as error:
+    there, here = (_sizes(one["param_groups"]) for one in (state, optimizer.state_dict()))
+    if there != here:
         raise RunFolderError(
-            f"the checkpoint's optimizer state is of other parameters ({error}): start a new run"
-        ) from error
+            f"the checkpoint's optimizer state is of other parameters ({there} tensors by group, here {here}): other "
+            "weights are trained, or a version wrote it that stepped each matrix of an adapter by itself. Go on with "
+            "the settings and the version that wrote it, or start a new run"
+        )
+    optimizer.load_state_dict(state)
     _undo_casts(optimizer, state)
+
+
+def _sizes(groups: Any) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
 
 def _name(optimizer: Optimizer) -> str:

@@ -6,7 +6,7 @@ has a backward of its own, so splitting a batch, running out of memory, or addin
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -20,9 +20,11 @@ from reasoner import world
 from reasoner.config import Optim, build
 from reasoner.errors import GuardTripped, OutOfMemory
 from reasoner.models.adapted_linear import forget
+from reasoner.models.joined import Stepped
 
 Normalizer = Literal["tokens", "sequences", "constant"]
 MAX_SKIPPED = 3  # non-finite steps in a row
+TOKENS = "trained tokens"  # beside the metrics of a piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,8 @@ class Updater:
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.say = say
         self.save_bad_batches_to = save_bad_batches_to
-        self.optimizer: torch.optim.Optimizer = build(
-            optim.optimizer, params=list(self.parameters.values()), lr=optim.lr
-        )
+        self.stepped = Stepped(list(self.parameters.values()), optim.optimizer)
+        self.optimizer: torch.optim.Optimizer = build(optim.optimizer, params=self.stepped.parameters, lr=optim.lr)
         self.step_index = 0
         self.num_skipped = 0
 
@@ -141,36 +142,37 @@ class Updater:
         gradient, moves no weight. Raises GuardTripped after three non-finite steps in a row, OutOfMemory when one
         sequence alone is too much.
         """
-        metrics = self._accumulate(batch, loss)
+        pieces = self._accumulate(batch, loss)
         lr = learning_rate(self.optim, self.step_index, self.num_steps)
         self.step_index += 1
-        self._sum_gradients()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = self.stepped.gather(everything=world.size() > 1)
+        for gradient in gradients:  # a rank whose rows were all dropped still takes part, with zeros
+            world.sum_over_ranks(gradient)
+        total = torch.nn.utils.get_total_norm(gradients)  # 0 without gradients; queued before anything is read
+        metrics, norm = _means(pieces), float(total)
         if not gradients:
             return UpdateResult(metrics, 0.0, lr, stepped=False)
-        norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self._skip(batch, norm)
             return UpdateResult(metrics, norm, lr, stepped=False)
         self.num_skipped = 0
         if norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(
-                list(self.parameters.values()), self.optim.max_grad_norm, torch.tensor(norm, device=gradients[0].device)
-            )
+            torch.nn.utils.clip_grads_with_norm_(self.stepped.parameters, self.optim.max_grad_norm, total)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.stepped.spread()
             # Optimizers of other libraries write through bare pointers, which PyTorch does not see.
             torch.autograd.graph.increment_version(list(self.parameters.values()))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.stepped.drop()
         return UpdateResult(metrics, norm, lr, stepped=norm > 0)
 
-    def _accumulate(self, batch: Any, loss: Callable[[Any], LossOutput]) -> dict[str, float]:
+    def _accumulate(self, batch: Any, loss: Callable[[Any], LossOutput]) -> list[dict[str, Tensor]]:
         while True:
             try:
                 return self._pass(batch.split(self.tokens_per_micro_batch), loss)
             except torch.OutOfMemoryError:
-                self.optimizer.zero_grad(set_to_none=True)
+                self.stepped.drop()
                 forget()  # of the backward's recomputing; a forward does so itself
             # Out of the handler, so that the error no longer holds the activations of what failed.
             if torch.cuda.is_available():
@@ -184,31 +186,18 @@ class Updater:
             self.tokens_per_micro_batch = max(longest, self.tokens_per_micro_batch // 2)
             self.say(f"out of memory: the step is redone with tokens_per_micro_batch={self.tokens_per_micro_batch}")
 
-    def _pass(self, pieces: list[Any], loss: Callable[[Any], LossOutput]) -> dict[str, float]:
-        sums: dict[str, Tensor] = {}
-        num_tokens = 0
+    def _pass(self, pieces: list[Any], loss: Callable[[Any], LossOutput]) -> list[dict[str, Tensor]]:
+        """Each piece's metrics and its number of trained tokens, still on the device."""
+        found: list[dict[str, Tensor]] = []
         for piece in pieces:
             output = loss(piece)
             (output.sum / piece.counts.of(output.normalizer)).backward()
-            num_tokens += int(piece.completion_mask.sum())
-            for name, value in output.metrics.items():
-                value = value.detach().double()
-                if name not in sums:
-                    sums[name] = value
-                else:
-                    sums[name] = torch.maximum(sums[name], value) if name.endswith("_max") else sums[name] + value
-        return _means(sums, num_tokens)
-
-    def _sum_gradients(self) -> None:
-        if world.size() == 1:
-            return
-        for parameter in self.parameters.values():  # a rank whose rows were all dropped still takes part, with zeros
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            world.sum_over_ranks(parameter.grad)
+            metrics = {name: value.detach() for name, value in output.metrics.items()}
+            found.append({**metrics, TOKENS: piece.completion_mask.sum()})
+        return found
 
     def _skip(self, batch: Any, norm: float) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.stepped.drop()
         self.num_skipped += 1
         path = self.save_bad_batches_to / f"bad-batch-{self.step_index - 1:06d}.safetensors"
         if world.is_main():
@@ -223,12 +212,29 @@ class Updater:
             )
 
 
-def _means(sums: dict[str, Tensor], num_tokens: int) -> dict[str, float]:
-    """Sums -> means over the tokens of all ranks; maxima -> maxima over all ranks."""
-    ranks = world.gather_over_ranks(({name: float(value) for name, value in sums.items()}, num_tokens))
-    total = max(1, sum(tokens for _, tokens in ranks))
+def _means(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Sums of pieces -> means over the tokens of all ranks; maxima -> maxima over all ranks."""
+    ranks = world.gather_over_ranks(_added(pieces))
+    total = max(1.0, sum(values.get(TOKENS, 0.0) for values in ranks))
     means: dict[str, float] = {}
-    for name in dict.fromkeys(name for values, _ in ranks for name in values):
-        found = [values[name] for values, _ in ranks if name in values]
+    for name in dict.fromkeys(name for values in ranks for name in values if name != TOKENS):
+        found = [values[name] for values in ranks if name in values]
         means[name] = max(found) if name.endswith("_max") else sum(found) / total
     return means
+
+
+def _added(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The pieces' numbers together. They come from the device in one copy, when all of the work is queued: a copy in
+    between would have the device wait for Python's next piece."""
+    numbers = [value.double() for piece in pieces for value in piece.values()]
+    read = iter(torch.stack(numbers).tolist() if numbers else ())
+    together: dict[str, float] = {}
+    for piece in pieces:
+        for name in piece:
+            value = next(read)
+            if name in together:
+                # Python's max may lose a NaN.
+                worst = value if math.isnan(value) else max(together[name], value)
+                value = worst if name.endswith("_max") else together[name] + value
+            together[name] = value
+    return together

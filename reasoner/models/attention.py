@@ -8,8 +8,9 @@ sequences, so it raises), attention dropout (the base stays in eval mode while i
 soft-capped scores and sinks, which take the plain formula.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from itertools import pairwise
 from typing import Any, Self
@@ -172,16 +173,20 @@ def _varlen(
 ) -> Tensor:
     """`lengths`: where sequences begin among queries and among keys, and the longest of each. A sequence with fewer
     queries than keys asks with its last tokens: masks are aligned there."""
-    from torch.nn.attention.varlen import varlen_attn  # absent on some platforms without CUDA
-
+    varlen_attn, told_of_groups = _varlen_attn()
     left = -1 if scores.window is None else scores.window - 1
-    # torch 2.11 lets heads share a key without being told; later ones want to be.
-    told: dict[str, Any] = {}
-    if "enable_gqa" in signature(varlen_attn).parameters:
-        told["enable_gqa"] = query.shape[1] != key.shape[1]
+    told: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if told_of_groups else {}
     attended = varlen_attn(query, key, value, *lengths, scale=scores.scale, window_size=(left, 0), **told)
     assert isinstance(attended, Tensor)
     return attended
+
+
+@cache  # asked for in every layer
+def _varlen_attn() -> tuple[Callable[..., Any], bool]:
+    """torch's function, and whether it wants to be told that heads share a key: torch 2.11 has no word for it."""
+    from torch.nn.attention.varlen import varlen_attn  # absent on some platforms without CUDA
+
+    return varlen_attn, "enable_gqa" in signature(varlen_attn).parameters
 
 
 Spans = list[tuple[int, int]]  # where each sequence begins, and how long it is
