@@ -26,6 +26,9 @@ from reasoner.types import Example, Prompt
 from reasoner.update import Updater
 
 OURS = "reasoner"
+# Of main rows that recompute nothing: into how many parts the update's tokens go, each the most of a micro-batch.
+KEEPING = {"7b": (2, 8)}
+KEEPING_ELSE = (2,)
 
 
 @dataclass(frozen=True)
@@ -89,22 +92,32 @@ class Ours:
         self.work, self.logs, self.examples = work, logs, examples_of(work)
 
     def rows(self) -> list[Row]:
-        """With everything on; first what a run with model.gradient_checkpointing=true does."""
-        return [self._row(OURS)]
+        """With everything on: what a run with model.gradient_checkpointing=true does, and with false, which is faster
+        and takes the more memory the larger a micro-batch is."""
+        keeping = KEEPING.get(self.work.shape, KEEPING_ELSE)
+        return [self._row(OURS), *(self._keeping(parts) for parts in keeping)]
 
     def variants(self) -> list[Row]:
-        """The same with one thing changed."""
+        """The first of them with one thing changed."""
         layers = [part for part in self.policy.model.modules() if isinstance(part, AdaptedLinear)]
-        found = [self._row(f"{OURS}, nothing recomputed", prepare=lambda: set_recompute(self.policy, False))]
+        found = [self._keeping(1)]
         if DEVICE.type == "cuda":
             found.append(self._row(f"{OURS}, inputs on the host", prepare=lambda: offload_inputs(self.policy)))
-        found += [self._row(f"{OURS}, {part} micro-batches", parts=part) for part in (2, 4)]
+        found += [self._row(f"{OURS}, {self._said(parts)}", parts=parts) for parts in (2, 4)]
         found += [self._row(f"{OURS}, {one.without}", without=one) for one in SWITCHES if one.there]
         if layers and self.policy.weights is not None:
             found.append(self._row(f"{OURS}, q/k/v and gate/up apart", prepare=lambda: part_siblings(layers)))
         if DEVICE.type == "cuda":
             found.append(self._row(f"{OURS}, float32 optimizer states", optim="adamw"))
         return found
+
+    def _keeping(self, parts: int) -> Row:
+        name = f"{OURS}, nothing recomputed, {self._said(parts)}"
+        return self._row(name, prepare=lambda: set_recompute(self.policy, False), parts=parts)
+
+    def _said(self, parts: int) -> str:
+        """Not by their number: whole sequences seldom fill a micro-batch."""
+        return f"{self.work.tokens // parts:,} tokens a micro-batch"
 
     def _row(
         self,

@@ -29,12 +29,15 @@ def test_useful_work_is_three_passes_of_the_projections_and_two_of_the_head() ->
 def test_all_trainers_have_the_same_loss_before_they_learn(tmp_path: Path) -> None:
     torch.manual_seed(0)
     work = work_of("trial")
-    ours, plain = Ours(work, tmp_path).rows()[0], Plain(work, tmp_path)
+    (ours, keeping), plain = Ours(work, tmp_path).rows(), Plain(work, tmp_path)
     padded, packed = plain.rows()[0], plain.variants()[0]
     ours.run(0, 1)
     first = plain._update(plain._padded(4))
     plain.optimizer = torch.optim.AdamW(plain.parameters, lr=0.0)
     assert ours.facts["loss"] == pytest.approx(first, abs=3e-3)
+    keeping.run(0, 1)
+    assert keeping.name.endswith("nothing recomputed, 160 tokens a micro-batch")
+    assert keeping.facts["micro_batch"] == "160 tokens" and keeping.facts["loss"] < ours.facts["loss"]  # a step later
     padded.run(0, 1)
     packed.run(0, 1)
     assert padded.facts["loss"] == pytest.approx(packed.facts["loss"], abs=3e-3)
