@@ -39,7 +39,7 @@ class Held:
 
     base: int  # frozen weights
     second_base: int  # what the engine will load for itself with rollout.share_base=false
-    in_16_bits: int  # what NF4 matrices are in 16 bits; 0 without any
+    in_16_bits: int  # what NF4 matrices are in 16 bits, with the adapter's A's beside them; 0 without any
     masters: int  # the weights that learn
     num_trained: int
     kv_token: int  # the engine's cache of one token
@@ -155,7 +155,10 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
 
 def _in_16_bits(policy: Policy) -> int:
     states = policy.weights.states.values() if policy.weights is not None else ()
-    return sum(BFLOAT16 * state.shape.numel() for state in states)
+    if not states:
+        return 0
+    beside = sum(weight.numel() for name, weight in policy.trainable().items() if "lora_A" in name)
+    return BFLOAT16 * (sum(state.shape.numel() for state in states) + beside)
 
 
 def kv_token_bytes(hf_config: Any) -> int:

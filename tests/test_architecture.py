@@ -31,7 +31,7 @@ STRANGERS = ("kernels", "rewards", "rollout")  # never import one another
 
 HOMES = {
     "datasets": ["reasoner/data/*"],
-    "triton": ["reasoner/kernels/*_triton.py"],
+    "triton": ["reasoner/kernels/*_triton.py", "reasoner/rollout/*_triton.py"],
     "torch.distributed": ["reasoner/world.py"],
     "hydra": ["reasoner/config.py", "reasoner/compose.py", "reasoner/__main__.py"],
     "omegaconf": ["reasoner/config.py", "reasoner/compose.py", "reasoner/__main__.py"],

@@ -290,7 +290,8 @@ def test_a_shared_base_is_its_buffers():
     policy = make_policy("llama", lora=lora_of("llama"))
     policy.weights = SimpleNamespace(nbytes=123, states={"q": SimpleNamespace(shape=torch.Size((8, 64)))})  # type: ignore[assignment]
     assert (held_by(policy, share_base=True).base, held_by(policy, share_base=False).second_base) == (123, 123)
-    assert held_by(policy, share_base=True).in_16_bits == 2 * 8 * 64
+    beside = sum(weight.numel() for name, weight in policy.trainable().items() if "lora_A" in name)
+    assert beside and held_by(policy, share_base=True).in_16_bits == 2 * (8 * 64 + beside)
 
 
 def test_the_table():

@@ -2,7 +2,7 @@
 
 x A^T B^T is added inside the layer's own product, so vLLM's LoRA slots, request names and private manager are not
 needed, any rank will do, and no atomic sums make two runs differ. A's of a fused projection are one buffer and one
-matmul. Left out: several adapters at once.
+matmul, its B's one launch. Left out: several adapters at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,41 @@ from reasoner.models.base_model import siblings
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterPart:
-    """What one engine layer adds: S adapted parts of rank r, K inputs."""
+    """What one engine layer adds: S adapted parts of rank r, K inputs, O outputs."""
 
     a: Tensor  # [S r, K]
-    b: tuple[tuple[slice, slice, Tensor], ...]  # of each part: its outputs, its rows of A, B [outputs, r]
+    b: Tensor  # [O, r], one part's rows below another's; of outputs without an adapter, zeros
+    bounds: Tensor  # int32 [S, 2], on the device: the outputs that each part begins and ends with
     scaling: float
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """out [.., outputs] += scaling * x A^T B^T, in place; x [.., K]."""
-        low = linear(x, self.a).flatten(0, -2)
+        """out [.., O] += scaling * x A^T B^T, in place; x [.., K]."""
         flat = out.view(-1, out.shape[-1])
-        for outputs, ranks, b in self.b:
-            flat[:, outputs].addmm_(low[:, ranks], b.t(), alpha=self.scaling)
+        self._join(flat, flat, linear(x, self.a).flatten(0, -2), None)
         return out
+
+    def joined(self, both: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output [N, O], from x [W; A]^T: `both` [N, O + S r or more], whose last columns are x A^T."""
+        outputs = self.b.shape[0]
+        out = both.new_empty(both.shape[0], outputs)
+        self._join(out, both[:, :outputs], both[:, outputs:], bias)
+        return out
+
+    def _join(self, out: Tensor, base: Tensor, low: Tensor, bias: Tensor | None) -> None:
+        """out [N, O] = base + bias + scaling * low B^T; low [N, S r or more]."""
+        if out.is_cuda:
+            from reasoner.rollout.vllm_adapter_triton import join
+
+            join(out, base, low, self.b, self.bounds, bias, self.scaling)
+            return
+        if out is not base:
+            out.copy_(base)
+        if bias is not None:
+            out += bias
+        rank = self.b.shape[1]
+        for i, (begin, end) in enumerate(self.bounds.tolist()):
+            ranks = low[:, i * rank : (i + 1) * rank]
+            out[:, begin:end].addmm_(ranks, self.b[begin:end].t(), alpha=self.scaling)
 
 
 class EngineAdapter:
@@ -68,14 +90,14 @@ class EngineAdapter:
         first = state[names[adapted[0], "A"]]
         rank = first.shape[0]
         a = first.new_zeros((len(adapted) * rank, first.shape[1]), dtype=dtype)
-        pieces = []
+        b = first.new_zeros((sum(rows[module] for module in group), rank), dtype=dtype)
+        bounds = []
         for i, module in enumerate(adapted):
             begin = sum(rows[before] for before in group[: group.index(module)])
-            ranks = slice(i * rank, (i + 1) * rank)
-            b = first.new_zeros((rows[module], rank), dtype=dtype)
-            self._targets[names[module, "A"]], self._targets[names[module, "B"]] = a[ranks], b
-            pieces.append((slice(begin, begin + rows[module]), ranks, b))
-        return AdapterPart(a, tuple(pieces), self.scaling)
+            bounds.append((begin, begin + rows[module]))
+            self._targets[names[module, "A"]] = a[i * rank : (i + 1) * rank]
+            self._targets[names[module, "B"]] = b[slice(*bounds[-1])]
+        return AdapterPart(a, b, torch.tensor(bounds, dtype=torch.int32, device=a.device), self.scaling)
 
     @property
     def nbytes(self) -> int:

@@ -36,7 +36,7 @@ from reasoner.rollout.engine import (
     unheard,
 )
 from reasoner.rollout.vllm_adapter import EngineAdapter
-from reasoner.rollout.vllm_bursts import Sampled, run_requests
+from reasoner.rollout.vllm_bursts import BURST, Sampled, run_requests
 from reasoner.rollout.vllm_start import start
 from reasoner.types import Completion, Prompt
 
@@ -79,6 +79,7 @@ class VllmEngine:
         self._canary: Canary | None = None
         self.reading: Reading | None = None  # what the canary last found
         self._looked = False  # at the adapter that is loaded
+        self._graphs: Any = None  # of a token, in bursts
         try:
             self.llm, self.built = start(
                 self._folder,
@@ -91,9 +92,19 @@ class VllmEngine:
                 model_path=model_path,
             )
             self.adapter.check_taken()
+            self._graphs = self._make_graphs()
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
+
+    def _make_graphs(self) -> Any:
+        from reasoner.rollout.vllm_decode import decode_graphs
+
+        return decode_graphs(self._core.model_executor.driver_worker.worker, self.built.scores, BURST)
+
+    @property
+    def _core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int, finished: Finished = unheard
@@ -164,6 +175,8 @@ class VllmEngine:
     def load_adapter(self, state: Mapping[str, Tensor], policy_step: int) -> None:
         """Copy the adapter, and forget what the cache knows of the old one."""
         self.adapter.load(state)
+        if self._awake and self.built.dequantized is not None:
+            self.built.dequantized.take_adapter()
         self.policy_step, self._looked = policy_step, False
         self._forget()
 
@@ -207,7 +220,7 @@ class VllmEngine:
                 if not self._awake:
                     self.wake()
                 self.llm.llm_engine.engine_core.shutdown()
-                self.llm = self.built.dequantized = None
+                self.llm = self.built.dequantized = self.built.scores.buffer = self._graphs = None
                 _give_back()
             self.llm = None
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -234,7 +247,7 @@ class VllmEngine:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # others spin between vLLM's many small steps and slow it by a quarter
         try:
-            run_requests(self.llm.llm_engine.engine_core.engine_core, requests, stop_ids, finished)
+            run_requests(self._core, requests, stop_ids, finished, self._graphs)
         except torch.OutOfMemoryError as error:
             raise _too_little_to_sample() from error
         finally:

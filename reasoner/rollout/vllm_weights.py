@@ -9,7 +9,7 @@ own LoRA stays off. Left out: experts, tensor parallelism.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -55,7 +55,8 @@ class Nf4Method(LinearMethodBase):
     def __init__(self, part: AdapterPart | None, state: Any):
         self.part = part
         self.state = state
-        self.matrix: Tensor | None = None  # in 16 bits, where `Dequantized` holds it
+        # In 16 bits, where `Dequantized` holds it, and below it the adapter's A: one product gives both.
+        self.matrix: Tensor | None = None
 
     def create_weights(  # the signature is vLLM's
         self,
@@ -76,16 +77,34 @@ class Nf4Method(LinearMethodBase):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.matrix is None:
             out = nf4.matmul(x, cast(Tensor, layer.weight), self.state, bias)
-        else:
-            out = linear(x, self.matrix, bias)
-        return out if self.part is None else self.part.add_to(out, x)
+            return out if self.part is None else self.part.add_to(out, x)
+        if self.part is None:
+            return linear(x, self.matrix, bias)
+        return self.part.joined(linear(x, self.matrix), bias)
+
+
+@dataclass(slots=True)
+class Scores:
+    """Where the head's scores of a step lie while `in_use`, float32 [sequences, vocabulary]: memory that comes and goes
+    with the cache, where a CUDA graph's own would stay for good. None where vLLM loads weights of its own."""
+
+    buffer: Tensor | None = None
+    in_use: bool = False
 
 
 class Float32Head(UnquantizedEmbeddingMethod):
     """The head's scores in float32, as the trainer has them: rounded to 16 bits they are a fifth of the mismatch."""
 
+    def __init__(self, place: Scores):
+        super().__init__()
+        self.place = place
+
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        scores = head_logits(x, cast(Tensor, layer.weight))
+        weight = cast(Tensor, layer.weight)
+        if self.place.in_use and self.place.buffer is not None:
+            scores = torch.mm(x, weight.T, out_dtype=torch.float32, out=self.place.buffer[: len(x)])
+        else:
+            scores = head_logits(x, weight)
         return scores if bias is None else scores + bias
 
 
@@ -93,31 +112,58 @@ class Dequantized:
     """The NF4 matrices of vLLM's module in 16 bits, in one buffer that comes and goes with the cache.
 
     bitsandbytes dequantizes every matrix again for every token of more than a few sequences; from here they are read as
-    they are, bit for bit the same. The buffer's address stays while it sleeps: CUDA graphs know it.
+    they are, bit for bit the same. Below each lie the rows of the adapter's A's, so that a layer makes one product, not
+    two. The buffer's address stays while it sleeps: CUDA graphs know it.
     """
 
     def __init__(self, model: nn.Module):
         methods = [(module, getattr(module, "quant_method", None)) for module in model.modules()]
         self.packed = [(cast(Tensor, m.weight), method) for m, method in methods if isinstance(method, Nf4Method)]
-        sizes = [method.state.shape.numel() for _, method in self.packed]
-        for (_, method), part in zip(self.packed, _beside_the_cache(sum(sizes)).split(sizes), strict=True):
-            method.matrix = part.view(method.state.shape)
+        shapes = [(method.state.shape[0] + extra_rows(method.part), method.state.shape[1]) for _, method in self.packed]
+        sizes = [rows * columns for rows, columns in shapes]
+        parts = _beside_the_cache(sum(sizes), torch.bfloat16).split(sizes)
+        for (_, method), part, shape in zip(self.packed, parts, shapes, strict=True):
+            method.matrix = part.view(shape)
         self.fill()
 
     def fill(self) -> None:
         """Write it anew, after its memory was away."""
         for data, method in self.packed:
             assert method.matrix is not None
-            nf4.dequantize_into(data, method.state, method.matrix)
+            base, below = method.matrix.split([method.state.shape[0], extra_rows(method.part)])
+            nf4.dequantize_into(data, method.state, base)
+            below.zero_()
+        self.take_adapter()
+
+    def take_adapter(self) -> None:
+        """Copy the A's as the engine's adapter now has them."""
+        places, sources = [], []
+        for _, method in self.packed:
+            if method.part is not None and method.matrix is not None:
+                begin = method.state.shape[0]
+                places.append(method.matrix[begin : begin + len(method.part.a)])
+                sources.append(method.part.a)
+        many: Any = torch  # its stubs leave the `_foreach_*` out
+        if places:
+            many._foreach_copy_(places, sources)
 
 
-def _beside_the_cache(numel: int) -> Tensor:
-    """bfloat16 [numel] that vLLM's allocator unmaps and maps with the cache. vLLM loads a model inside a pool of that
+def extra_rows(part: AdapterPart | None) -> int:
+    """Below a layer's matrix: those of its A's, and some so that a row of the product begins at a multiple of 16 bytes.
+
+    >>> extra_rows(None)
+    0
+    """
+    return 0 if part is None else -(-len(part.a) // 8) * 8
+
+
+def _beside_the_cache(numel: int, dtype: torch.dtype) -> Tensor:
+    """[numel] that vLLM's allocator unmaps and maps with the cache. vLLM loads a model inside a pool of that
     allocator for what outlives a sleep; a block's tag is what decides."""
     allocator = CuMemAllocator.get_instance()
     tag, allocator.current_tag = allocator.current_tag, "kv_cache"
     try:
-        return torch.empty(numel, dtype=torch.bfloat16, device="cuda")
+        return torch.empty(numel, dtype=dtype, device="cuda")
     finally:
         allocator.current_tag = tag
 
@@ -129,6 +175,7 @@ class Built:
     left: int = 0
     peak: int = 0
     dequantized: Dequantized | None = None
+    scores: Scores = field(default_factory=Scores)
 
 
 def register(
@@ -139,17 +186,17 @@ def register(
     `architecture`: the name of transformers' class, whose vLLM twin is imported here. The weights are reached by
     closure, because vLLM copies what stands in its configs; with None vLLM loads its own, 16-bit.
     """
-    _register_methods(weights.fused_states if weights else {}, adapter)
+    built = Built()
+    _register_methods(weights.fused_states if weights else {}, adapter, built.scores)
     known = ModelRegistry.models.get(architecture)
     if known is not None:  # a class is asked right here what it can do; a name, in a process that first imports vLLM
         ModelRegistry.register_model(architecture, known.load_model_cls())
-    built = Built()
     if weights is not None:
         _register_loader(weights, built, dequantize)
     return built
 
 
-def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter) -> None:
+def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter, scores: Scores) -> None:
     @register_quantization_config(QUANTIZATION)
     class Config(QuantizationConfig):  # pyright: ignore[reportUnusedClass]
         """Which method serves which layer."""
@@ -174,7 +221,7 @@ def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter) -> None
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
             if isinstance(layer, VocabParallelEmbedding):
-                return Float32Head()
+                return Float32Head(scores)
             if not isinstance(layer, LinearBase):
                 return None
             names = parts_of(prefix, self.packed_modules_mapping)
@@ -206,6 +253,9 @@ def _register_loader(weights: BaseWeights, built: Built, dequantize: bool) -> No
             built.peak = torch.cuda.max_memory_allocated() - before
             if dequantize:
                 built.dequantized = Dequantized(model)
+            heads = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+            size = vllm_config.scheduler_config.max_num_seqs, max(cast(Tensor, head.weight).shape[0] for head in heads)
+            built.scores.buffer = _beside_the_cache(size[0] * size[1], torch.float32).view(size)
             return model.eval()
 
 

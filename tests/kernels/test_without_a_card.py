@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
         ("compiled", {}, 20),
         ("interpreted_elementwise", {"TRITON_INTERPRET": "1"}, 70),
         ("compiled_elementwise", {}, 7),
+        ("interpreted_vllm", {"TRITON_INTERPRET": "1"}, 28),
+        ("compiled_vllm", {}, 6),
     ],
 )
 def test_without_a_card(file: str, settings: dict[str, str], least: int, tmp_path: Path):

@@ -69,6 +69,7 @@ class Plan:
     scheduled_cached_reqs: Cached
     num_scheduled_tokens: dict
     total_num_scheduled_tokens: int = 0
+    preempted_req_ids: set | None = None
 
     @classmethod
     def make_empty(cls) -> "Plan":
@@ -77,6 +78,8 @@ class Plan:
 
 class Scheduler:
     max_model_len = CONTEXT
+    block_size = 4
+    kv_cache_config = SimpleNamespace(kv_cache_groups=["all layers"])
 
     def __init__(self, places: int, budget: int):
         self.max_num_running_reqs, self.budget = places, budget
@@ -86,6 +89,11 @@ class Scheduler:
         self.running: list[Request] = []
         self.gone: set[str] = set()
         self.asked = 0
+        self.num_blocks = 10_000
+        self.kv_cache_manager = SimpleNamespace(block_pool=SimpleNamespace(get_num_free_blocks=self._free))
+
+    def _free(self) -> int:
+        return self.num_blocks - sum(-(-request.slots // self.block_size) for request in self.running)
 
     def has_requests(self) -> bool:
         return bool(self.requests or self.gone)
@@ -115,6 +123,7 @@ class Scheduler:
         plan.scheduled_new_reqs = [request.request_id for request in new]
         plan.total_num_scheduled_tokens = sum(plan.num_scheduled_tokens.values())
         self.gone = set()
+        assert self._free() >= 0, "a sequence would be put off for slots that others may never fill"
         return plan
 
     def finish_requests(self, names: list[str], status: Status) -> None:
@@ -175,6 +184,48 @@ class Worker:
         )
 
 
+class Graphs:
+    """A stand-in for vllm_decode.py: no host between tokens, but sequences with a prompt to read are none for it."""
+
+    def __init__(self, worker: Worker, most: int):
+        self.worker, self.most = worker, most
+        self.steps = self.under_way = 0
+
+    def begin(self, plan: Plan) -> bool:
+        if len(plan.num_scheduled_tokens) > self.most:
+            return False
+        worker = self.worker
+        assert self.under_way == 0 and not plan.scheduled_new_reqs and set(plan.num_scheduled_tokens.values()) == {1}
+        cached = plan.scheduled_cached_reqs
+        assert [worker.computed[name] for name in cached.req_ids] == cached.num_computed_tokens
+        for name in plan.num_scheduled_tokens:
+            assert worker.computed[name] >= worker.scheduler.requests[name].num_prompt
+        self.names, self.drawn = list(plan.num_scheduled_tokens), 0
+        return True
+
+    def launch(self, first: int, count: int):
+        assert first == self.drawn and self.under_way <= 1
+        self.under_way += 1
+        self.drawn += count
+        found = []
+        for _ in range(count):
+            self.steps += 1
+            places = []
+            for name in self.names:
+                self.worker.computed[name] += 1
+                position = self.worker.computed[name]
+                assert position <= self.worker.scheduler.requests[name].slots and position < CONTEXT + 1
+                places.append((token(name, position), logprob(name, position)))
+            tokens, logprobs = zip(*places, strict=True)
+            found.append(vllm_bursts.Drawn(numpy.array(tokens), numpy.array(logprobs, dtype=numpy.float32)))
+
+        def wait() -> list:
+            self.under_way -= 1
+            return found
+
+        return wait
+
+
 def make_core(places: int, budget: int) -> SimpleNamespace:
     scheduler = Scheduler(places, budget)
 
@@ -191,17 +242,27 @@ def make_core(places: int, budget: int) -> SimpleNamespace:
 
 
 def run(
-    lengths: list[tuple[int, int]], *, places: int = 8, budget: int = 64, stops: tuple[int, ...] = STOPS
+    lengths: list[tuple[int, int]],
+    *,
+    places: int = 8,
+    budget: int = 64,
+    stops: tuple[int, ...] = STOPS,
+    graphs: int = 0,
+    num_blocks: int = 10_000,
 ) -> tuple[dict[str, Sampled], Worker]:
+    """`graphs`: for so many sequences at most."""
     core = make_core(places, budget)
+    core.scheduler.num_blocks = num_blocks
+    worker = core.model_executor.driver_worker.worker
+    worker.graphs = Graphs(worker, graphs) if graphs else None
     found: dict[str, Sampled] = {}
 
     def finished(name: str, sampled: Sampled) -> None:
         assert name not in found
         found[name] = sampled
 
-    run_requests(core, [Request(str(i), *pair) for i, pair in enumerate(lengths)], stops, finished)
-    return found, core.model_executor.driver_worker.worker
+    run_requests(core, [Request(str(i), *pair) for i, pair in enumerate(lengths)], stops, finished, worker.graphs)
+    return found, worker
 
 
 def expected(name: str, num_prompt: int, max_tokens: int) -> tuple[list[int], list[float], bool]:
@@ -258,14 +319,18 @@ def test_the_older_model_runner_goes_token_by_token():
     assert scores is not None and scores.tolist() == [-1.0, -2.0]
 
 
-@pytest.mark.parametrize("burst", [1, 2, 5, 32])
+@pytest.mark.parametrize("graphs", [0, 2, 64])
+@pytest.mark.parametrize("burst", [1, 2, 5, 32, 128])
 @pytest.mark.parametrize(("places", "budget"), [(8, 64), (3, 64), (40, 7), (2, 5), (40, 400)])
-def test_the_length_of_bursts_changes_no_token(burst: int, places: int, budget: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_length_of_bursts_changes_no_token(
+    burst: int, graphs: int, places: int, budget: int, monkeypatch: pytest.MonkeyPatch
+):
     """Ends inside a burst, limits, prompts in parts, more sequences than places, the end of the context."""
     monkeypatch.setattr(vllm_bursts, "BURST", burst)
     monkeypatch.setattr(vllm_bursts, "BURST_WHILE_OTHERS_WAIT", min(burst, 8))
     lengths = [(5 + 7 * i % 31, 1 + 11 * i % 59) for i in range(20)] + [(CONTEXT - 9, 9), (1, CONTEXT - 1)]
-    found, worker = run(lengths, places=places, budget=budget)
+    found, worker = run(lengths, places=places, budget=budget, graphs=graphs)
+    assert graphs < 64 or (worker.graphs.steps > 0 and worker.graphs.under_way == 0)
     assert sorted(found, key=int) == [str(i) for i in range(len(lengths))]
     for i, (num_prompt, max_tokens) in enumerate(lengths):
         ids, scores, stopped = expected(str(i), num_prompt, max_tokens)
@@ -280,6 +345,18 @@ def test_the_scheduler_is_asked_once_a_burst():
     _, worker = run(lengths)
     assert worker.scheduler.asked <= 2 + max(ends) // 8  # without bursts: one for each of the longest's tokens
     assert worker.steps <= max(ends) + 1  # and hardly a step in vain: the one under way when the last one ends
+
+
+def test_tokens_ahead_take_no_slots_that_another_sequence_needs():
+    """Four sequences of 4 + 60 tokens fill 64 blocks of 4; a burst of 128 ahead of each would want twice as many."""
+    found, worker = run([(4, 60)] * 4, stops=(), graphs=64, num_blocks=66)
+    assert len(found) == 4 and worker.graphs.steps == 52  # behind the first burst, which reads the prompts
+
+
+def test_a_burst_by_graphs_ends_soon_after_half_of_its_sequences_did():
+    ends = sorted(len(expected(str(i), 4, 64)[0]) for i in range(8))
+    _, worker = run([(4, 64)] * 8, graphs=64)
+    assert worker.scheduler.asked > 2 and worker.graphs.steps + worker.steps <= ends[-1] + 3 * vllm_bursts.TOGETHER
 
 
 def test_places_that_are_free_are_filled_before_the_burst_is_over():

@@ -168,6 +168,29 @@ def test_the_contract_of_engines(engines: list) -> None:
     assert len(seen) > 150 and max(seen) < VOCABULARY  # no hidden top-k
 
 
+@pytest.mark.parametrize("nf4", [False, True])
+def test_a_token_does_not_depend_on_who_draws_it(nf4: bool, engines: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D14: the graphs of vllm_decode.py against vLLM's own sampler, which draws a token alone; T = 1, 0.7 and 0."""
+    policy = make_policy("llama", nf4=nf4)
+    engine = start(policy, dequantize=nf4)
+    engines.append(engine)
+    graphs, prompts = engine._graphs, prompts_of()
+    assert graphs is not None
+    for temperature in (1.0, 0.7, 0.0):
+        ways = []
+        for used in (graphs, None):
+            engine._graphs = used
+            ways.append(engine.generate(prompts, sampling(temperature=temperature, max_tokens=60), policy_step=0))
+        pairs = [(a, b) for many, other in zip(*ways, strict=True) for a, b in zip(many, other, strict=True)]
+        same = sum(a.token_ids == b.token_ids for a, b in pairs)
+        assert same >= 0.8 * len(pairs), (temperature, same)  # a near tie may fall to either side
+        for a, b in pairs:
+            if a.token_ids == b.token_ids:
+                apart = torch.tensor(a.sampling_logprobs) - torch.tensor(b.sampling_logprobs)
+                assert apart.abs().max() < 0.1
+    assert graphs._captured  # it was not vLLM's sampler twice
+
+
 def one(ids: torch.Tensor):
     from reasoner.models.attention import Layout
     from reasoner.models.policy import OneSequence
