@@ -49,15 +49,34 @@ class PackedBatch:
     token_ids: Tensor  # int64 [N]
     layout: Layout
     completion_mask: Tensor  # bool [N], True = trained
+    # What was asked of the mask once: its answer waits for the device, and pieces are told by whom they are cut from.
+    _found: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (sum(self.layout.lengths),)
         assert self.token_ids.shape == shape and self.token_ids.dtype == torch.int64
         assert self.completion_mask.shape == shape and self.completion_mask.dtype == torch.bool
 
+    @property
+    def targets(self) -> Tensor:
+        """The trained tokens: int64 [M]. None of them is a sequence's first, which nothing predicts."""
+        self._look()
+        return self._found["targets"]
+
     def trained(self, values: Tensor) -> Tensor:
         """The values of the trained tokens: [N] -> [M]."""
-        return values[self.completion_mask]
+        return values.index_select(0, self.targets)
+
+    def _look(self) -> None:
+        """Find the trained tokens, and on the host where each sequence's begin among them; once."""
+        if self._found:
+            return
+        targets = self.completion_mask.nonzero()[:, 0]
+        ends = torch.searchsorted(targets, self.layout.cu_seqlens.long())
+        firsts = (self.layout.positions[targets] == 0).sum()
+        *begins, num_firsts = torch.cat([ends, firsts[None]]).tolist()
+        assert not num_firsts, "a sequence's first token can't be predicted: nothing is before it"
+        self._found.update(targets=targets, begins=begins)
 
     def split(self, max_tokens: int) -> list[Self]:
         """Whole sequences, in order, in pieces of at most max_tokens; a longer sequence is a piece of its own.
@@ -66,6 +85,7 @@ class PackedBatch:
         leaves each side a prompt of its own. Without sequences there are no pieces. Tensors are views; what speaks of
         the whole step stays.
         """
+        self._look()
         return [self._piece(first, last) for first, last in _cuts(self.layout, max_tokens)]
 
     def _piece(self, first: int, last: int) -> Self:
@@ -76,9 +96,11 @@ class PackedBatch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        shared = (0, *self.layout.shared[first + 1 : last])
-        layout = Layout.of(self.layout.lengths[sequences], self.token_ids.device, shared=shared)
-        return replace(self, layout=layout, **tensors)
+        piece = replace(self, layout=self.layout.part(first, last), **tensors)
+        among = self._found["begins"][first : last + 1]
+        targets = self._found["targets"][among[0] : among[-1]] - begins[first]
+        piece._found.update(targets=targets, begins=[place - among[0] for place in among])
+        return piece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +144,7 @@ class TrainBatch(RolloutBatch):
 
 def train_batch(batch: RolloutBatch, *, old_logprobs: Tensor | None, ref_logprobs: Tensor | None) -> TrainBatch:
     """The rollout with what was computed before the update, each [N] or None as TrainBatch says."""
-    rollout = {f.name: getattr(batch, f.name) for f in fields(RolloutBatch)}
+    rollout = {f.name: getattr(batch, f.name) for f in fields(RolloutBatch) if f.init}
     return TrainBatch(**rollout, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
 
 
@@ -192,8 +214,6 @@ def loss_inputs(batch: TrainBatch, logprobs: Logprobs) -> LossInputs:
 
 def trained_sequences(batch: PackedBatch) -> Tensor:
     """Which sequence each trained token belongs to: int64 [M]."""
-    begins = batch.layout.cu_seqlens[:-1].long()
-    assert not batch.completion_mask[begins].any(), "a sequence's first token can't be predicted: nothing is before it"
     return batch.trained(batch.layout.sequence_ids)
 
 

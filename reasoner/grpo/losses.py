@@ -62,7 +62,7 @@ class LossInputs:
     @property
     def lengths(self) -> Tensor:
         """Trained tokens of each sequence: int64 [B]."""
-        return torch.bincount(self.sequence, minlength=self.num_sequences)
+        return self.sum_by_sequence(torch.ones_like(self.sequence))  # bincount would wait for the device
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """[M] -> [B], 0 for a sequence without trained tokens."""

@@ -65,6 +65,18 @@ class Layout:
             shared=shared,
         )
 
+    def part(self, first: int, last: int) -> Self:
+        """The layout of the sequences first .. last - 1 by themselves, the first of which shares nothing. Made of this
+        one's tensors where they are, so that nothing is copied to a device and nothing waits for it."""
+        begin, length = sum(self.lengths[:first]), sum(self.lengths[first:last])
+        return type(self)(
+            lengths=self.lengths[first:last],
+            positions=self.positions[begin : begin + length],
+            cu_seqlens=self.cu_seqlens[first : last + 1] - begin,
+            max_seqlen=max(self.lengths[first:last], default=0),
+            shared=(0, *self.shared[first + 1 : last]) if first < last else (),
+        )
+
     def sharing(self) -> Sharing | None:
         """Which tokens are computed and where the others are found; None where every token is its own."""
         if not any(self.shared):
@@ -80,7 +92,8 @@ class Layout:
     def sequence_ids(self) -> Tensor:
         """The number of each token's sequence: int64 [N]."""
         counts = self.cu_seqlens.diff().long()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        numbers = torch.arange(len(counts), device=counts.device)
+        return torch.repeat_interleave(numbers, counts, output_size=len(self.positions))  # told, it does not wait
 
 
 def _fits(lengths: Sequence[int], shared: Sequence[int]) -> bool:

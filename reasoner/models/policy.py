@@ -50,6 +50,9 @@ class Packed(Protocol):
         self,
     ) -> Tensor: ...  # bool [N], True: its logprob is wanted; False at every sequence's first token
 
+    @property
+    def targets(self) -> Tensor: ...  # int64 [M], where the mask is True; asking for them waits for no device
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OneSequence:
@@ -58,6 +61,11 @@ class OneSequence:
     token_ids: Tensor
     layout: Layout
     completion_mask: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """All but the first."""
+        return torch.arange(1, len(self.token_ids), device=self.token_ids.device)
 
 
 class Policy:
@@ -131,10 +139,7 @@ class Policy:
         the hidden rows before a masked token meet the head, so prompts cost no vocabulary matmul, and a prefix that the
         layout says sequences share is computed once. Differentiable unless torch.no_grad is on.
         """
-        targets = batch.completion_mask.nonzero()[:, 0]
-        assert bool((batch.layout.positions[targets] > 0).all()), (
-            "a sequence's first token has nothing before it to predict it"
-        )
+        targets = batch.targets
         sharing = batch.layout.sharing() if self.shares_prompts else None
         try:
             hidden = self._hidden(batch.token_ids, batch.layout, sharing)

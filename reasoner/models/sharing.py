@@ -80,23 +80,32 @@ class Sharing:
     def of(cls, lengths: Sequence[int], shared: Sequence[int], positions: Tensor, sequence_ids: Tensor) -> Self:
         """Of a layout's numbers: see `Layout.shared`."""
         own_lengths = [length - taken for length, taken in zip(lengths, shared, strict=True)]
-        begins = [0, *accumulate(own_lengths)]
-        # Of each sequence: how many tokens it shares, and what their rows and its own are beyond their positions.
-        table: list[tuple[int, int, int]] = []
+        begins, tokens = [0, *accumulate(own_lengths)], [0, *accumulate(lengths)]
+        # Of each sequence: how many tokens it shares, what their rows and its own are beyond their positions, how far
+        # its own tokens are beyond their rows, and where they begin, which is the last row's only number.
+        table: list[tuple[int, int, int, int, int]] = []
         owner = 0
-        for begin, taken in zip(begins[:-1], shared, strict=True):
+        for token, begin, taken in zip(tokens[:-1], begins[:-1], shared, strict=True):
             owner = owner if taken else begin
-            table.append((taken, owner, begin - taken))
-        taken, of_shared, of_own = torch.tensor(table, device=positions.device)[sequence_ids].unbind(1)
-        is_own = positions >= taken
-        rows = positions + torch.where(is_own, of_own, of_shared)
+            table.append((taken, owner, begin - taken, token + taken - begin, begin))
+        table.append((0, 0, 0, 0, begins[-1]))
+        there = _sent(table, positions.device)
+        taken, of_shared, of_own = there[sequence_ids, :3].unbind(1)
+        rows = positions + torch.where(positions >= taken, of_own, of_shared)
+        shifts = there[:-1, 3].repeat_interleave(there[:, 4].diff(), output_size=begins[-1])
         return cls(
-            own=is_own.nonzero()[:, 0],
+            own=torch.arange(begins[-1], device=positions.device) + shifts,
             places=Places.of(rows, begins[-1]),
-            cu_seqlens=torch.tensor(begins, dtype=torch.int32).to(positions.device),
+            cu_seqlens=there[:, 4].to(torch.int32),
             max_seqlen=max(own_lengths),
         )
 
     def take(self, x: Tensor, tokens: Tensor) -> Tensor:
         """What was computed for these of the N tokens: [R, ..], [M] -> [M, ..]."""
         return Places.of(self.places.rows[tokens], len(x)).take(x)
+
+
+def _sent(table: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """int64, like the table. From page-locked memory, so that neither waits for the other."""
+    numbers = torch.tensor(table)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

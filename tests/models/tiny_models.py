@@ -1,6 +1,5 @@
 """Tiny random models of every family that packs, by transformers, and the naive truth: one sequence at a time."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from reasoner import config
+from reasoner.grpo.batch import PackedBatch
 from reasoner.models import adapters
 from reasoner.models.attention import PACKED, Layout
 from reasoner.models.families import family_of
@@ -52,11 +52,7 @@ FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 ATTENTION_ONLY = TARGETS[:4]  # experts are no linear layers
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    token_ids: Tensor
-    layout: Layout
-    completion_mask: Tensor
+Batch = PackedBatch
 
 
 def make_config(family: str, **changes: Any) -> PretrainedConfig:
