@@ -9,7 +9,10 @@ __all__ = ["__version__", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from reasoner.pipeline import train
+        from reasoner.garbage import importing
+
+        with importing():
+            from reasoner.pipeline import train
 
         return train
     raise AttributeError(f"module 'reasoner' has no attribute '{name}'")

@@ -21,6 +21,7 @@ from reasoner.compose import (
 )
 from reasoner.config import nearest, validate
 from reasoner.errors import ConfigError, ReasonerError, RunFolderError
+from reasoner.garbage import importing
 
 VERBS = tuple(usage.VERBS)
 HELP = {"--help", "-h"}
@@ -132,7 +133,8 @@ def _train(conf: str, overrides: list[str], *, show: bool) -> int:
     if show:
         print(annotated_yaml(asdict(config), composed.sources), end="")
         return 0
-    from reasoner.pipeline import Pipeline
+    with importing():
+        from reasoner.pipeline import Pipeline
 
     Pipeline(config, base_dir=composed.folder, sources=composed.sources).run()
     return 0
@@ -141,7 +143,8 @@ def _train(conf: str, overrides: list[str], *, show: bool) -> int:
 def _reward(conf: str, overrides: list[str], *, sample: bool) -> int:
     composed = compose_conf(conf, overrides)
     config = validate(composed.values)
-    from reasoner.reward import try_on_samples, try_rewards
+    with importing():
+        from reasoner.reward import try_on_samples, try_rewards
 
     if sample:
         try_on_samples(config, base_dir=composed.folder)
@@ -159,13 +162,14 @@ def _rescore(run: str, overrides: list[str]) -> int:
 
 def _data(conf: str, overrides: list[str]) -> int:
     """Print what data.shown tells, in colours where the terminal has them. Loads a tokenizer and no model."""
-    from rich.console import Console as RichConsole
-    from rich.text import Text
+    with importing():
+        from rich.console import Console as RichConsole
+        from rich.text import Text
 
-    from reasoner.console import visible
-    from reasoner.data.shown import STYLES, plain, shown
-    from reasoner.data.task import load_task
-    from reasoner.models.loading import load_tokenizer
+        from reasoner.console import visible
+        from reasoner.data.shown import STYLES, plain, shown
+        from reasoner.data.task import load_task
+        from reasoner.models.loading import load_tokenizer
 
     config = validate(compose_conf(conf, overrides).values)
     screen = RichConsole(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -189,14 +193,16 @@ def _eval(arguments: list[str]) -> int:
 
         compare(request)
     else:
-        from reasoner.evaluation.measure import measure
+        with importing():
+            from reasoner.evaluation.measure import measure
 
         measure(request)
     return 0
 
 
 def _chat(arguments: list[str]) -> int:
-    from reasoner.chat import chat
+    with importing():
+        from reasoner.chat import chat
 
     chat(arguments)
     return 0
@@ -213,7 +219,8 @@ def _export(arguments: list[str]) -> int:
     from reasoner.export.request import read_request
 
     request = read_request(arguments)
-    from reasoner.export.command import export
+    with importing():
+        from reasoner.export.command import export
 
     export(request)
     return 0

@@ -3,6 +3,7 @@
 So whatever the user handed in wrong is said in seconds, before gigabytes are read.
 """
 
+import gc
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from reasoner.data.columns import ColumnTemplate
 from reasoner.data.task import Task, load_task
 from reasoner.errors import ConfigError, ModelError
 from reasoner.evaluate import Evaluator, accuracy_part
+from reasoner.garbage import uncollected
 from reasoner.grpo.ledger import Ledger
 from reasoner.grpo.losses import Loss
 from reasoner.memory import MemoryPlan, plan_memory
@@ -98,6 +100,7 @@ def _optimizer_runs_here(optimizer: Mapping[str, Any]) -> bool:
     return torch.cuda.is_available() or not str(optimizer.get("_target_", "")).startswith("bitsandbytes")
 
 
+@uncollected()
 def assemble(
     config: Config,
     *,
@@ -148,6 +151,7 @@ def _sampler(
     config: Config, policy: Policy, task: Task, console: Console, make_own: EngineMaker | None
 ) -> tuple[Engine, MemoryPlan | None]:
     """The engine, and how the card's memory is divided where it keeps a cache there."""
+    gc.collect()  # of loading; it may hold memory that is divided now
     limit = context_limit(config.model) or NO_CONTEXT_LIMIT
     if make_own is not None:
         _recompute(config, policy)

@@ -9,6 +9,7 @@ and at every hand-over, and its blocks carry the policy step in their key. Left 
 images.
 """
 
+import gc
 import itertools
 import shutil
 import tempfile
@@ -94,6 +95,7 @@ class VllmEngine:
             self.adapter.check_taken()
             self._graphs = self._make_graphs()
         except BaseException:
+            gc.unfreeze()  # the policy was there when start() froze what is imported, and may be garbage soon
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
@@ -104,7 +106,7 @@ class VllmEngine:
 
     @property
     def _core(self) -> Any:
-        return self.llm.llm_engine.engine_core.engine_core
+        return self.llm.engine_core.engine_core
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, policy_step: int, finished: Finished = unheard
@@ -195,7 +197,7 @@ class VllmEngine:
             # The cache is unmapped by then; vLLM looks at the whole card, where a program beside us took more.
             if "Memory usage increased" not in str(error):
                 raise
-            executor = self.llm.llm_engine.model_executor
+            executor = self.llm.model_executor
             executor.sleeping_tags, executor.is_sleeping = {"weights", "kv_cache"}, True
         self._awake = self._cached = False
 
@@ -219,7 +221,7 @@ class VllmEngine:
             with suppress(ModelError):  # no room to wake in: the memory goes with the process
                 if not self._awake:
                     self.wake()
-                self.llm.llm_engine.engine_core.shutdown()
+                self.llm.engine_core.shutdown()
                 self.llm = self.built.dequantized = self.built.scores.buffer = self._graphs = None
                 _give_back()
             self.llm = None

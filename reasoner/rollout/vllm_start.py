@@ -18,6 +18,7 @@ import torch
 
 from reasoner import config
 from reasoner.errors import ModelError
+from reasoner.garbage import importing, uncollected
 from reasoner.models.policy import Policy
 from reasoner.rollout.platform import engine_environment
 from reasoner.rollout.vllm_adapter import EngineAdapter
@@ -30,6 +31,8 @@ DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     # The newer runner draws with each request's own seed in one kernel; the older one makes a call for each request.
     "VLLM_USE_V2_MODEL_RUNNER": "1",
+    # For 8-bit floats alone, which nothing here has: to find out whether it runs, vLLM would import it.
+    "VLLM_USE_DEEP_GEMM": "0",
 }
 
 ALWAYS: dict[str, Any] = {
@@ -57,6 +60,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 @_random_state_kept()
+@uncollected()
 def start(
     folder: Path,
     policy: Policy,
@@ -68,21 +72,22 @@ def start(
     dequantize: bool,
     model_path: str | None,
 ) -> tuple[Any, Any]:
-    """vLLM's `LLM` and how its module was built (`vllm_weights.Built`); `folder` gets the files that vLLM reads.
+    """vLLM's `LLMEngine` and how its module was built (`vllm_weights.Built`); `folder` gets the files that it reads.
 
     The arguments are those of VllmEngine. Random states are as before. Raises ModelError where the card has no room.
     """
     _set_environment()
     _write_config(policy, folder)
-    from vllm import LLM
+    with importing():  # vLLM collects garbage eight times while it starts, each time the whole of what is not frozen
+        from vllm import EngineArgs, LLMEngine  # and not LLM, which brings the web server with it
 
-    from reasoner.rollout import vllm_weights
+        from reasoner.rollout import vllm_weights
 
     own, name = None if model_path else policy.weights, type(policy.base).__name__
     built = vllm_weights.register(own, adapter, name, dequantize=dequantize)
     try:
         with redirect_stderr(io.StringIO()):  # progress bars: a start takes seconds
-            llm = LLM(
+            settings = EngineArgs(
                 **ALWAYS,
                 model=model_path or str(folder),
                 revision=policy.revision if model_path else None,
@@ -101,6 +106,7 @@ def start(
                     "cudagraph_capture_sizes": capture_sizes(rollout.max_sequences),
                 },
             )
+            llm = LLMEngine.from_engine_args(settings)
     except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
         # The cache is allocated apart from torch, and its failure is a RuntimeError; too small a one is a ValueError.
         if not re.search("out of memory|KV cache", str(error)):

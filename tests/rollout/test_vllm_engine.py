@@ -243,7 +243,7 @@ def test_it_sleeps_while_a_program_beside_it_takes_memory(engines: list, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda *a: (next(free), 16 << 30))
         engine.sleep()
-    assert engine.llm.llm_engine.model_executor.is_sleeping
+    assert engine.llm.model_executor.is_sleeping
     engine.wake()
     assert engine.generate(prompts_of(), sampling(), policy_step=0) == before
 
