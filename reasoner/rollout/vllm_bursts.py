@@ -147,9 +147,11 @@ class Bursts:
     def _others_wait(self) -> bool:
         return bool(len(self.scheduler.waiting) or len(self.scheduler.skipped_waiting))
 
-    def _by_graphs(self, graphs: Graphs, names: Sequence[str], length: int) -> list[Drawn]:
-        """The tokens of a burst that `graphs` has begun, in turn. Some are under way while others are looked at."""
-        enough = self._enough(names)
+    def _by_graphs(self, graphs: Graphs, names: Sequence[str], length: int, taken: int = 0) -> list[Drawn]:
+        """The tokens of a burst that `graphs` has begun, in turn. Some are under way while others are looked at.
+
+        `taken`: tokens of the turn before them."""
+        enough = self._enough(names, taken)
         drawn: list[Drawn] = []
         under_way: list[Callable[[], list[Drawn]]] = []
         for first in range(0, length, TOGETHER):
@@ -163,7 +165,9 @@ class Bursts:
         return drawn
 
     def _by_runner(self, plan: Any, first: Any, names: list[str], length: int) -> list[Drawn]:
-        """The tokens of a burst whose first one the model runner has under way."""
+        """The tokens of a burst whose first one the model runner has under way, by graphs from the second on."""
+        if length > 1 and self.graphs and self.graphs.begin(self._next(plan, names, 1)):
+            return [self._drawn(first, names), *self._by_graphs(self.graphs, names, length - 1, taken=1)]
         enough = self._enough(names)
         drawn: list[Drawn] = []
         under_way = [first]
@@ -175,10 +179,12 @@ class Bursts:
         drawn.append(self._drawn(under_way.pop(), names))
         return drawn
 
-    def _enough(self, names: Sequence[str]) -> Callable[[list[Drawn]], bool]:
-        """Whether so many of a burst's sequences are through that it should end. To be asked as its tokens come."""
+    def _enough(self, names: Sequence[str], taken: int = 0) -> Callable[[list[Drawn]], bool]:
+        """Whether so many of a burst's sequences are through that it should end. To be asked as its tokens come.
+
+        `taken`: tokens before those that it is asked about."""
         requests = [self.scheduler.requests[name] for name in names]
-        limits = numpy.array([request.max_tokens - request.num_output_tokens for request in requests])
+        limits = numpy.array([request.max_tokens - request.num_output_tokens - taken for request in requests])
         share = len(names) * (ENDED_WHILE_OTHERS_WAIT if self._others_wait else ENDED)
         stopped = numpy.zeros(len(names), dtype=bool)
         seen = 0

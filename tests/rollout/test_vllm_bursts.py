@@ -195,7 +195,7 @@ class Graphs:
         if len(plan.num_scheduled_tokens) > self.most:
             return False
         worker = self.worker
-        assert self.under_way == 0 and not plan.scheduled_new_reqs and set(plan.num_scheduled_tokens.values()) == {1}
+        assert not plan.scheduled_new_reqs and set(plan.num_scheduled_tokens.values()) == {1}
         cached = plan.scheduled_cached_reqs
         assert [worker.computed[name] for name in cached.req_ids] == cached.num_computed_tokens
         for name in plan.num_scheduled_tokens:
@@ -350,7 +350,7 @@ def test_the_scheduler_is_asked_once_a_burst():
 def test_tokens_ahead_take_no_slots_that_another_sequence_needs():
     """Four sequences of 4 + 60 tokens fill 64 blocks of 4; a burst of 128 ahead of each would want twice as many."""
     found, worker = run([(4, 60)] * 4, stops=(), graphs=64, num_blocks=66)
-    assert len(found) == 4 and worker.graphs.steps == 52  # behind the first burst, which reads the prompts
+    assert len(found) == 4 and worker.graphs.steps == 59  # behind the first token, with which prompts are read
 
 
 def test_a_burst_by_graphs_ends_soon_after_half_of_its_sequences_did():
