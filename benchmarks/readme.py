@@ -48,7 +48,7 @@ def _moved(found: dict[str, Any]) -> str:
 def update() -> str:
     """Whole updates beside the rivals: rows that were timed, and why a rival has none."""
     rows = []
-    for shape, part in read_json(RESULTS / "update-h100.json")["shapes"].items():
+    for shape, part in read_json(RESULTS / "update-h200.json")["shapes"].items():
         for side, found in part["sides"].items():
             if found.get("not_run"):
                 rows.append([shape, side, found["not_run"], *["-"] * 6])

@@ -66,7 +66,7 @@ class Tiles:
 
 
 def pick(scores: Tensor, positions: Tensor, rows: Rows, tiles: Tiles) -> None:
-    """Fill `tiles` from float32 `scores` [R, V], for tokens that come after `positions` [R]."""
+    """Fill `tiles` from `scores` [R, V] of any float dtype, for tokens that come after `positions` [R]."""
     num_rows, num_columns = scores.shape
     kernel: Any = pick_kernel
     kernel[(num_rows, tiles.values.shape[1])](
@@ -109,7 +109,7 @@ def pick_kernel(
         return
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     there = columns < num_columns
-    scores = tl.load(scores_ptr + row.to(tl.int64) * stride + columns, mask=there, other=float("-inf"))
+    scores = tl.load(scores_ptr + row.to(tl.int64) * stride + columns, mask=there, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperatures_ptr + row)
     if temperature != 0.0:
         scores = scores / temperature
