@@ -63,7 +63,9 @@ class Adapted(torch.autograd.Function):
         ctx: Any, x: Tensor, low: Tensor, frozen: Frozen, scaling: float, a: Tensor, *more: Tensor
     ) -> tuple[Tensor, ...]:
         """The layers' outputs, not filled yet."""
-        ctx.save_for_backward(x, low, a, *more[: len(frozen.rows)])
+        ctx.save_for_backward(x, low)
+        # Kept by `Siblings` from step to step; saved like x, each would pass a recomputing layer's hooks in Python.
+        ctx.a, ctx.bs = a, more[: len(frozen.rows)]
         ctx.frozen, ctx.scaling, ctx.master_dtype = frozen, scaling, more[-1].dtype
         return tuple(x.new_empty(*x.shape[:-1], count) for count in frozen.rows)
 
@@ -71,7 +73,8 @@ class Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x and of the masters; nothing else has one."""
-        x, low, a, *bs = ctx.saved_tensors
+        x, low = ctx.saved_tensors
+        a, bs = ctx.a, ctx.bs
         frozen, scaling, dtype = ctx.frozen, ctx.scaling, ctx.master_dtype
         gs = [g.reshape(-1, g.shape[-1]) for g in gradients]
         rows = x.reshape(-1, x.shape[-1])
