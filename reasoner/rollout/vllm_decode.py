@@ -21,10 +21,13 @@ from reasoner.rollout import vllm_decode_triton as card
 from reasoner.rollout.vllm_bursts import Drawn
 from reasoner.rollout.vllm_weights import Scores
 
+ON_CARD = {"FLASH_ATTN", "TRITON_ATTN"}  # vLLM's attention whose preparation is kernels alone, so that a graph holds it
+
 
 def decode_graphs(worker: Any, scores: Scores, most: int) -> "DecodeGraphs | None":
     """Graphs for bursts of `most` tokens on this worker of vLLM; None where its runner does more for a token than they
-    would: the older runner, speculation, LoRA slots, position tables of pictures, graphs switched off."""
+    would (the older runner, speculation, LoRA slots, models of pictures, which read embeddings and no ids, graphs
+    switched off), and where its attention asks the host about each token (FlashInfer, vLLM's choice on a B200)."""
     if not worker.use_v2_model_runner:
         return None
     from vllm.config.compilation import CUDAGraphMode
@@ -33,7 +36,9 @@ def decode_graphs(worker: Any, scores: Scores, most: int) -> "DecodeGraphs | Non
     runner = worker.model_runner
     plain = type(runner.model_state) is DefaultModelState and runner.model_state.rope_state is None
     captured = CUDAGraphMode.FULL in runner.cudagraph_manager._capture_descs
-    if not plain or not captured or runner.speculator is not None or runner.lora_config is not None:
+    on_card = {group.backend.get_name() for groups in runner.attn_groups for group in groups} <= ON_CARD
+    more = runner.speculator is not None or runner.lora_config is not None or runner.supports_mm_inputs
+    if not (plain and captured and on_card) or more:
         return None
     return DecodeGraphs(runner, scores, most)
 

@@ -102,7 +102,8 @@ class Float32Head(UnquantizedEmbeddingMethod):
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = cast(Tensor, layer.weight)
         if self.place.in_use and self.place.buffer is not None:
-            scores = torch.mm(x, weight.T, out_dtype=torch.float32, out=self.place.buffer[: len(x)])
+            out = self.place.buffer[: len(x), : len(weight)]
+            scores = torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
         else:
             scores = head_logits(x, weight)
         return scores if bias is None else scores + bias
