@@ -15,7 +15,7 @@ from torch import Tensor
 
 COLUMNS = 64
 ROWS = (16, 32, 64)  # of a tile; the smallest that takes all, else the largest
-LEAST_RANK = 16  # of a tile of ranks: tensor cores take no less
+RANKS = 16, 256  # of a tile, at least and at most: tensor cores take no less, and home cards' shared memory no more
 
 
 def join(
@@ -30,23 +30,24 @@ def join(
     num_parts, rank = len(bounds), b.shape[1]
     assert low.shape[1] >= num_parts * rank and out.stride(1) == base.stride(1) == low.stride(1) == b.stride(1) == 1
     rows = next((size for size in ROWS if size >= num_rows), ROWS[-1])
+    ranks = min(max(RANKS[0], triton.next_power_of_2(rank)), RANKS[1])
     grid = (triton.cdiv(num_rows, rows), triton.cdiv(num_columns, COLUMNS))
     kernel: Any = join_kernel
     kernel[grid](
         out, base, low, b, bounds, bias, scaling, num_rows, num_columns, out.stride(0), base.stride(0), low.stride(0),
-        rank, PARTS=num_parts, RANK=max(LEAST_RANK, triton.next_power_of_2(rank)), ROWS=rows, COLUMNS=COLUMNS,
+        rank, PARTS=num_parts, RANKS=ranks, TILES=triton.cdiv(rank, ranks), ROWS=rows, COLUMNS=COLUMNS,
     )  # fmt: skip
 
 
 @triton.jit
 def join_kernel(
     out_ptr, base_ptr, low_ptr, b_ptr, bounds_ptr, bias_ptr, scaling, num_rows, num_columns, out_stride, base_stride,
-    low_stride, rank, PARTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    low_stride, rank, PARTS: tl.constexpr, RANKS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(1) * COLUMNS
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = first + tl.arange(0, COLUMNS)
-    ranks = tl.arange(0, RANK)
     there = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     total = tl.load(base_ptr + rows[:, None] * base_stride + columns[None, :], mask=there, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -55,16 +56,18 @@ def join_kernel(
         begin = tl.load(bounds_ptr + 2 * part)
         end = tl.load(bounds_ptr + 2 * part + 1)
         if (begin < first + COLUMNS) & (end > first):
-            low = tl.load(
-                low_ptr + rows[:, None] * low_stride + part * rank + ranks[None, :],
-                mask=(rows < num_rows)[:, None] & (ranks < rank)[None, :],
-                other=0.0,
-            )
             own = (columns >= begin) & (columns < end)
-            b = tl.load(
-                b_ptr + columns[None, :].to(tl.int64) * rank + ranks[:, None],
-                mask=own[None, :] & (ranks < rank)[:, None],
-                other=0.0,
-            )
-            total += scaling * tl.dot(low, b, input_precision="ieee")
+            for tile in tl.static_range(TILES):
+                ranks = tile * RANKS + tl.arange(0, RANKS)
+                low = tl.load(
+                    low_ptr + rows[:, None] * low_stride + part * rank + ranks[None, :],
+                    mask=(rows < num_rows)[:, None] & (ranks < rank)[None, :],
+                    other=0.0,
+                )
+                b = tl.load(
+                    b_ptr + columns[None, :].to(tl.int64) * rank + ranks[:, None],
+                    mask=own[None, :] & (ranks < rank)[:, None],
+                    other=0.0,
+                )
+                total += scaling * tl.dot(low, b, input_precision="ieee")
     tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=there)

@@ -39,6 +39,6 @@ def stepped(vocabulary: int) -> None:
 def test_every_kernel_fits_every_card(card, built):
     driver.set_active(Card(card))
     joined(64, 32)
-    joined(8, 128)
+    joined(64, 512)
     stepped(151_936)
     check(built, card, 2 * 2 + 4)

@@ -17,7 +17,9 @@ assert knobs.runtime.interpret, "set TRITON_INTERPRET=1 before this process star
 
 @pytest.mark.parametrize("num_rows", [1, 5, 33, 130])
 @pytest.mark.parametrize(
-    ("parts", "rank"), [([(0, 70)], 4), ([(0, 30), (30, 45), (45, 130)], 32), ([(16, 80)], 5)], ids=str
+    ("parts", "rank"),
+    [([(0, 70)], 4), ([(0, 30), (30, 45), (45, 130)], 32), ([(16, 80)], 5), ([(0, 60), (60, 133)], 300)],
+    ids=str,
 )
 @pytest.mark.parametrize("below", [False, True], ids=["in place", "beside"])
 def test_parts_of_an_adapter_are_added_where_they_belong(num_rows, parts, rank, below):
@@ -27,7 +29,7 @@ def test_parts_of_an_adapter_are_added_where_they_belong(num_rows, parts, rank, 
     a, b = torch.randn(len(parts) * rank, inputs, generator=draws), torch.zeros(outputs, rank)
     bias = torch.randn(outputs, generator=draws) if below else None
     for begin, end in parts:
-        b[begin:end] = torch.randn(end - begin, rank, generator=draws)
+        b[begin:end] = torch.randn(end - begin, rank, generator=draws) / rank**0.5
     expected = x @ w.T + (0 if bias is None else bias)
     for i, (begin, end) in enumerate(parts):
         expected[:, begin:end] += 0.5 * (x @ a[i * rank : (i + 1) * rank].T) @ b[begin:end].T
