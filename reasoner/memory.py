@@ -34,7 +34,7 @@ class Held:
     """What the loaded policy holds, in bytes, and what its shape says of the rest.
 
     >>> Held(base=1_203_000_000, second_base=0, in_16_bits=2_620_000_000, masters=73_859_072, num_trained=18_464_768,
-    ...      kv_token=28_672)
+    ...      kv_token=28_672, score_row=607_744)
     """
 
     base: int  # frozen weights
@@ -43,6 +43,7 @@ class Held:
     masters: int  # the weights that learn
     num_trained: int
     kv_token: int  # the engine's cache of one token
+    score_row: int  # the head's float32 scores of one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class MemoryPlan:
     keep_free: int
     training: int  # the worst micro-batch and its gradients; gone while sampling
     dequantized: int  # the NF4 base in 16 bits (rollout.dequantize); given back while training
+    scores: int  # the head's, of a token of every sequence that is sampled at once; given back while training
     kv_bytes: int  # the engine's cache; given back while training
     kv_token: int  # of it, one token
     longest: int  # tokens of prompt and completion in the longest sequence that is sampled
@@ -80,7 +82,7 @@ class MemoryPlan:
     @property
     def while_sampling(self) -> int:
         """Together, without activations and gradients."""
-        return self.always + self.dequantized + self.kv_bytes
+        return self.always + self.dequantized + self.scores + self.kv_bytes
 
     @property
     def _layers(self) -> str:
@@ -89,7 +91,7 @@ class MemoryPlan:
     def parts_gib(self) -> dict[str, float]:
         """The parts and both sums in GiB, for summary.json."""
         names = ("total", "taken", "base", "second_base", "adapter", "optimizer", "engine", "keep_free", "training")
-        sizes = {name: getattr(self, name) for name in (*names, "dequantized")} | {"kv": self.kv_bytes}
+        sizes = {name: getattr(self, name) for name in (*names, "dequantized", "scores")} | {"kv": self.kv_bytes}
         sizes |= {"while_training": self.while_training, "while_sampling": self.while_sampling}
         return {name: round(size / GIB, 3) for name, size in sizes.items()}
 
@@ -104,6 +106,7 @@ class MemoryPlan:
             ("engine", self.engine, self.engine),
             (f"worst micro-batch{self._layers}", self.training, 0),
             ("base in 16 bits (rollout.dequantize)", 0, self.dequantized),
+            ("scores of rollout.max_sequences tokens", 0, self.scores),
             ("the engine's cache", 0, self.kv_bytes),
             ("kept free (rollout.keep_free_gib)", self.keep_free, self.keep_free),
             (f"together, of {self.total / GIB:.2f}", self.while_training, self.while_sampling),
@@ -150,6 +153,7 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
         masters=sum(weight.nbytes for weight in trained),
         num_trained=sum(weight.numel() for weight in trained),
         kv_token=kv_token_bytes(policy.base.config.get_text_config()),
+        score_row=FLOAT32 * policy.head_weight.shape[0],
     )
 
 
@@ -194,6 +198,7 @@ def parts_before(config: Config, held: Held, *, total: int, free: int, max_conte
         keep_free=int(config.rollout.keep_free_gib * GIB),
         training=0,
         dequantized=held.in_16_bits if config.rollout.dequantize is not False else 0,
+        scores=config.rollout.max_sequences * held.score_row,
         kv_bytes=0,
         kv_token=held.kv_token,
         longest=longest_sampled(config, max_context),
@@ -218,24 +223,24 @@ def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> Memo
             f"lower that, rollout.keep_free_gib or model.lora.r{_savings(config)}",
         )
     one = math.ceil(plan.longest * plan.kv_token * CACHE_SLACK)
-    left = plan.total - plan.always
+    left = plan.total - plan.always - plan.scores
     shorter = f"lower grpo.max_completion_tokens, data.max_prompt_tokens or rollout.keep_free_gib{_savings(config)}"
     if left < one:
-        raise _too_little(f"sampling one sequence of {plan.longest} tokens", plan.always + one, plan, shorter)
+        needed = plan.always + plan.scores + one
+        raise _too_little(f"sampling one sequence of {plan.longest} tokens", needed, plan, shorter)
     asked = config.rollout.kv_gib
     wanted = config.rollout.max_sequences * one if asked is None else int(asked * GIB)
     if config.rollout.dequantize == "auto" and left - plan.dequantized < wanted:
         plan = replace(plan, dequantized=0)
     left -= plan.dequantized
     if left < one:
-        also = plan.always + plan.dequantized + one
-        raise _too_little("rollout.dequantize=true", also, plan, "set it to auto or false")
+        raise _too_little("rollout.dequantize=true", plan.while_sampling + one, plan, "set it to auto or false")
     if asked is None:
         return replace(plan, kv_bytes=min(left, wanted))
     kv_bytes = wanted
     if kv_bytes > left:
         most = f"set it to at most {_down(left)}, or to null for what is left"
-        raise _too_little(f"rollout.kv_gib={asked:g}", plan.always + plan.dequantized + kv_bytes, plan, most)
+        raise _too_little(f"rollout.kv_gib={asked:g}", plan.while_sampling + kv_bytes, plan, most)
     if kv_bytes < one:
         raise ModelError(
             f"rollout.kv_gib={asked:g} is less than the {_up(one)} GiB that one sequence of {plan.longest} tokens "

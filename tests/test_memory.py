@@ -1,5 +1,6 @@
 """The parts of a card, worked by hand for four cards; the rehearsal on the CPU, and on a card under the gpu marker."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -36,7 +37,9 @@ from tests.models.tiny_models import lora_of, make_config, make_model, make_poli
 
 MIB = 1 << 20
 # The shape of a 1.5B model with r=16: 16 Mi trained weights, 28 layers x 2 heads of 128 for keys and for values.
-SMALL = Held(base=GIB, second_base=0, in_16_bits=0, masters=64 * MIB, num_trained=16 * MIB, kv_token=28_672)
+SMALL = Held(
+    base=GIB, second_base=0, in_16_bits=0, masters=64 * MIB, num_trained=16 * MIB, kv_token=28_672, score_row=0
+)
 CONTEXT = 32_768
 ENGINE = 751_619_276  # 0.7 GiB
 
@@ -71,6 +74,7 @@ def test_the_parts_of_an_8_gib_card_by_hand():
         keep_free=512 * MIB,
         training=3 * GIB,
         dequantized=0,
+        scores=0,
         kv_bytes=1536 * MIB,  # rollout.kv_gib of card=8
         kv_token=28_672,
         longest=768,  # 256 + 512
@@ -130,6 +134,19 @@ def test_a_base_in_16_bits_that_was_asked_for_takes_from_the_cache_and_is_refuse
         planned(asked, 5.3, 1, held)
     with pytest.raises(ModelError, match=r"^rollout\.dequantize=true .* this base is not NF4"):
         planned(asked, 8, 1)
+
+
+def test_the_scores_of_a_token_of_every_sequence_take_from_the_cache():
+    held = replace(SMALL, score_row=4 * MIB)
+    settings = (conf("card=8", "rollout.kv_gib=null", f"rollout.max_sequences={size}") for size in (64, 128))
+    few, many = (planned(config, 4.25, 1, held) for config in settings)
+    assert (few.scores, many.scores) == (64 * 4 * MIB, 128 * 4 * MIB) and many.always == few.always
+    for plan in (few, many):
+        assert plan.while_sampling == plan.total == plan.always + plan.scores + plan.kv_bytes
+    assert many.parts_gib()["scores"] == 0.5
+    assert ["scores of rollout.max_sequences tokens", "-", "0.50"] in [re.split("  +", line) for line in many.lines()]
+    with pytest.raises(ModelError, match=r"^sampling one sequence of 768 tokens needs 6\.85 GiB"):
+        planned(conf("card=8", "rollout.max_sequences=1024"), 6, 1, held)
 
 
 def test_training_and_sampling_take_turns():
@@ -280,7 +297,8 @@ def test_what_a_policy_holds(share_base: bool):
     frozen = sum(p.numel() for p in policy.model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in policy.trainable().values())
     held = held_by(policy, share_base=share_base)
-    assert held == Held(4 * frozen, 0 if share_base else 2 * frozen, 0, 4 * trained, trained, 2 * 2 * 2 * 8 * 2)
+    sizes = 4 * trained, trained, 2 * 2 * 2 * 8 * 2, 4 * policy.base.config.vocab_size
+    assert held == Held(4 * frozen, 0 if share_base else 2 * frozen, 0, *sizes)
     assert kv_token_bytes(make_config("qwen3")) == held.kv_token
     whole = held_by(make_policy("qwen3"), share_base=True)
     assert (whole.base, whole.masters) == (0, 4 * frozen)
@@ -322,6 +340,7 @@ def test_the_table():
         "keep_free": 0.5,
         "training": 3.0,
         "dequantized": 0.0,
+        "scores": 0.0,
         "kv": 1.5,
         "while_training": 5.825,
         "while_sampling": 4.325,
