@@ -9,9 +9,9 @@ __all__ = ["__version__", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from reasoner.garbage import importing
+        from reasoner.garbage import uncollected
 
-        with importing():
+        with uncollected():  # and nothing frozen: what else this process holds is its own
             from reasoner.pipeline import train
 
         return train

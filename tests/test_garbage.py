@@ -67,6 +67,12 @@ def test_what_was_garbage_before_is_not_kept():
         assert before() is None
 
 
+def test_from_python_nothing_is_frozen():
+    script = "import gc, reasoner; reasoner.train; print(gc.isenabled(), gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True 0", done.stderr
+
+
 def test_the_command_line_leaves_the_collector_on_and_what_it_imported_frozen():
     script = (
         "import gc, sys; from reasoner.__main__ import main; code = main(['data', 'conf=nowhere']); "
