@@ -192,8 +192,10 @@ class Updater:
         for piece in pieces:
             output = loss(piece)
             (output.sum / piece.counts.of(output.normalizer)).backward()
-            metrics = {name: value.detach() for name, value in output.metrics.items()}
-            found.append({**metrics, TOKENS: piece.completion_mask.sum()})
+            num_tokens = piece.completion_mask.sum()
+            # A loss of the user's may have made them on the host, or as vectors of one.
+            metrics = {name: value.detach().to(num_tokens.device).reshape(()) for name, value in output.metrics.items()}
+            found.append({**metrics, TOKENS: num_tokens})
         return found
 
     def _skip(self, batch: Any, norm: float) -> None:

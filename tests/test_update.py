@@ -14,6 +14,7 @@ from reasoner.errors import GuardTripped, OutOfMemory
 from reasoner.update import LossOutput, StepCounts, Updater, learning_rate
 from tests.two_ranks import on_two_ranks
 
+CUDA = torch.cuda.is_available()
 SGD = Optim(lr=1.0, warmup_steps=0, max_grad_norm=1e9, optimizer={"_target_": "torch.optim.SGD"})
 
 
@@ -29,9 +30,12 @@ class Rows:
         tensors = tuple(torch.tensor(s, dtype=torch.float64) for s in sequences)
         return cls(tensors, StepCounts(sum(map(len, sequences)), len(sequences), 1, 10.0 * len(sequences)))
 
+    def to(self, device: str) -> "Rows":
+        return replace(self, sequences=tuple(sequence.to(device) for sequence in self.sequences))
+
     @property
     def token_ids(self) -> Tensor:
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *self.sequences])
+        return torch.cat(self.sequences or (torch.zeros(0, dtype=torch.float64),))
 
     @property
     def completion_mask(self) -> Tensor:
@@ -74,6 +78,22 @@ def test_b1_a_split_never_changes_the_mean():
     result = updater.run(Rows.of([2.0], [1.0] * 9), token_loss(weight))
     assert weight[0].item() == pytest.approx(-1.1, abs=1e-12)
     assert result.metrics["value"] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a GPU")])]
+)
+def test_a_metric_may_be_a_vector_of_one_and_lie_on_the_host(device: str):
+    weight = Parameter(torch.zeros(1, device=device))
+
+    def loss(piece: Rows) -> LossOutput:
+        tokens = piece.token_ids
+        return LossOutput((tokens * weight).sum(), "tokens", {"value": tokens.sum()[None], "one_max": torch.tensor(1)})
+
+    updater = Updater(
+        {"w": weight}, SGD, num_steps=1, tokens_per_micro_batch=1, say=print, save_bad_batches_to=Path("nowhere")
+    )
+    assert updater.run(Rows.of([2.0], [1.0]).to(device), loss).metrics == {"value": 1.5, "one_max": 1.0}
 
 
 @pytest.mark.parametrize(("normalizer", "divisor"), [("tokens", 10), ("sequences", 2), ("constant", 20)])
