@@ -90,6 +90,7 @@ class Scheduler:
         self.gone: set[str] = set()
         self.asked = 0
         self.num_blocks = 10_000
+        self.preempts: tuple[int, ...] = ()  # when it is asked so often, it takes the last request's place away
         self.kv_cache_manager = SimpleNamespace(block_pool=SimpleNamespace(get_num_free_blocks=self._free))
 
     def _free(self) -> int:
@@ -101,6 +102,10 @@ class Scheduler:
     def schedule(self) -> Plan:
         self.asked += 1
         left, plan = self.budget, Plan.make_empty()
+        if self.asked in self.preempts:
+            put_off = self.running.pop()
+            put_off.num_computed_tokens = put_off.slots = 0
+            plan.preempted_req_ids = {put_off.request_id}
         new: list[Request] = []
         while self.waiting and len(self.running) + len(new) < self.max_num_running_reqs:
             new.append(self.waiting.pop(0))
@@ -120,6 +125,8 @@ class Scheduler:
             request.is_prefill_chunk = request.num_computed_tokens < request.num_tokens
             plan.num_scheduled_tokens[request.request_id] = count
         self.running += new
+        if self.asked in self.preempts:
+            self.waiting.insert(0, put_off)
         plan.scheduled_new_reqs = [request.request_id for request in new]
         plan.total_num_scheduled_tokens = sum(plan.num_scheduled_tokens.values())
         self.gone = set()
@@ -165,7 +172,7 @@ class Worker:
             request = self.scheduler.requests[name]
             position = self.computed[name]  # of the token that is drawn
             assert position <= request.slots and position < CONTEXT + 1
-            counts.append(int(position >= request.num_prompt))
+            counts.append(int(position >= request.num_tokens))  # what it drew before is read again
             tokens.append(token(name, position))
             logprobs.append(logprob(name, position))
 
@@ -199,7 +206,7 @@ class Graphs:
         cached = plan.scheduled_cached_reqs
         assert [worker.computed[name] for name in cached.req_ids] == cached.num_computed_tokens
         for name in plan.num_scheduled_tokens:
-            assert worker.computed[name] >= worker.scheduler.requests[name].num_prompt
+            assert worker.computed[name] >= worker.scheduler.requests[name].num_tokens - 1
         self.names, self.drawn = list(plan.num_scheduled_tokens), 0
         return True
 
@@ -249,10 +256,11 @@ def run(
     stops: tuple[int, ...] = STOPS,
     graphs: int = 0,
     num_blocks: int = 10_000,
+    preempts: tuple[int, ...] = (),
 ) -> tuple[dict[str, Sampled], Worker]:
     """`graphs`: for so many sequences at most."""
     core = make_core(places, budget)
-    core.scheduler.num_blocks = num_blocks
+    core.scheduler.num_blocks, core.scheduler.preempts = num_blocks, preempts
     worker = core.model_executor.driver_worker.worker
     worker.graphs = Graphs(worker, graphs) if graphs else None
     found: dict[str, Sampled] = {}
@@ -351,6 +359,21 @@ def test_tokens_ahead_take_no_slots_that_another_sequence_needs():
     """Four sequences of 4 + 60 tokens fill 64 blocks of 4; a burst of 128 ahead of each would want twice as many."""
     found, worker = run([(4, 60)] * 4, stops=(), graphs=64, num_blocks=66)
     assert len(found) == 4 and worker.graphs.steps == 59  # behind the first token, with which prompts are read
+
+
+@pytest.mark.parametrize("budget", [64, 7])
+def test_a_request_that_lost_its_place_reads_again_what_it_had_and_goes_on(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vllm_bursts, "BURST", 16)
+    lengths = [(4, 64), (9, 80), (6, 60)]
+    found, worker = run(lengths, stops=(), graphs=64, budget=budget, preempts=(5, 7))
+    assert worker.graphs.steps > 40 and worker.scheduler.asked > 8
+    for i, (num_prompt, max_tokens) in enumerate(lengths):
+        ids = [token(str(i), num_prompt + k) for k in range(max_tokens)]
+        assert found[str(i)].token_ids == ids and found[str(i)].logprobs[-1] == logprob(
+            str(i), num_prompt + len(ids) - 1
+        )
 
 
 def test_a_burst_by_graphs_ends_soon_after_half_of_its_sequences_did():
