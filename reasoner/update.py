@@ -221,8 +221,13 @@ def _means(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     means: dict[str, float] = {}
     for name in dict.fromkeys(name for values in ranks for name in values if name != TOKENS):
         found = [values[name] for values in ranks if name in values]
-        means[name] = max(found) if name.endswith("_max") else sum(found) / total
+        means[name] = _largest(found) if name.endswith("_max") else sum(found) / total
     return means
+
+
+def _largest(values: Sequence[float]) -> float:
+    """NaN if one is; Python's max may lose it."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
 def _added(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
@@ -235,8 +240,7 @@ def _added(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         for name in piece:
             value = next(read)
             if name in together:
-                # Python's max may lose a NaN.
-                worst = value if math.isnan(value) else max(together[name], value)
-                value = worst if name.endswith("_max") else together[name] + value
+                both = together[name], value
+                value = _largest(both) if name.endswith("_max") else sum(both)
             together[name] = value
     return together

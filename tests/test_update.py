@@ -1,6 +1,7 @@
 """The update loop: dividing once, whatever the cut, the memory or the number of ranks; and standing still where there
 is nothing to learn."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def test_c21_metrics_of_a_split_batch_equal_the_unsplit_ones():
     many = parts.run(batch, token_loss(parts.parameters["w"]))
     assert one.metrics == pytest.approx(many.metrics)
     assert one.metrics["value_max"] == 1.1
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_maximum_that_is_not_a_number_is_not_lost_among_others(place: int):
+    updater, weight = make(tokens=1)
+    rows = [[1.0], [2.0], [0.5]]
+
+    def loss(piece: Rows) -> LossOutput:
+        found = piece.token_ids.max()
+        return LossOutput(
+            weight[0] * 0, "tokens", {"value_max": torch.where(found == rows[place][0], torch.nan, found)}
+        )
+
+    assert math.isnan(updater.run(Rows.of(*rows), loss).metrics["value_max"])
 
 
 def test_c19_a_zero_gradient_moves_no_weight_though_adam_has_momentum():
