@@ -10,6 +10,7 @@ written for there is no `DecodeGraphs`, and bursts go by the runner's own steps.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def launch(self, first: int, count: int) -> Callable[[], list[Drawn]]:
         """Have tokens `first` to `first + count` of the burst drawn; what is returned waits for them."""
+        assert first + count <= len(self.rows.drawn)
         manager, graph = self.runner.cudagraph_manager, self._captured[self._batch]
         for _ in range(count):
             manager.run_fullgraph(self._batch)
@@ -121,8 +123,11 @@ class DecodeGraphs:
                 graph.capture_begin(pool=runner.cudagraph_manager.pool, capture_error_mode="thread_local")
                 try:
                     self._after_forward(batch, tables, places)
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # the capture is void, and its own error would hide this one
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         finally:
             self.scores.in_use = False
         torch.cuda.current_stream().wait_stream(self._side)
