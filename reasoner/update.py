@@ -148,7 +148,7 @@ class Updater:
         gradients = self.stepped.gather(everything=world.size() > 1)
         for gradient in gradients:  # a rank whose rows were all dropped still takes part, with zeros
             world.sum_over_ranks(gradient)
-        total = torch.nn.utils.get_total_norm(gradients)  # 0 without gradients; queued before anything is read
+        total = self.stepped.norm()  # 0 without gradients; queued before anything is read
         metrics, norm = _means(pieces), float(total)
         if not gradients:
             return UpdateResult(metrics, 0.0, lr, stepped=False)

@@ -61,6 +61,16 @@ class Stepped:
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
+    def norm(self) -> Tensor:
+        """Of all gradients together, matrix by matrix: one float32 sum over a long vector loses its small squares on a
+        CPU, 3e-5 of the norm at two million numbers."""
+        parts = {id(weight): weight.grad for weight in self.weights}
+        for vector, members in self.joined:
+            if vector.grad is not None:
+                pieces = vector.grad.split([member.numel() for member in members])
+                parts.update(zip(map(id, members), pieces, strict=True))
+        return torch.nn.utils.get_total_norm([part for part in parts.values() if part is not None])
+
     def spread(self) -> None:
         """Give the members what the optimizer made of the vectors, where they hold something."""
         for vector, members in self.joined:
