@@ -330,6 +330,7 @@ def nearest(word: str, options: list[str]) -> str:
 def build(node: Mapping[str, Any], **extra: Any) -> Any:
     """The object that a `_target_` node describes; a function becomes a partial of itself with the node's values.
 
+    It gets plain lists and dicts, which OmegaConf's own are not: an optimizer keeps them in its state, for one.
     Raises ConfigError if the target can't be found or refuses a value, MissingExtra if its package isn't installed.
     """
     import hydra.utils
@@ -349,7 +350,7 @@ def build(node: Mapping[str, Any], **extra: Any) -> Any:
         raise ConfigError(f"_target_: {target} can't be found: {error}".splitlines()[0]) from error
     partial = {"_partial_": True} if inspect.isfunction(found) else {}
     try:
-        return hydra.utils.instantiate({**node, **partial}, **extra)
+        return hydra.utils.instantiate({"_convert_": "all", **node, **partial}, **extra)
     except InstantiationException as error:
         raise ConfigError(
             f"_target_: {target} refuses its values: {error.__cause__ or error}".splitlines()[0]

@@ -10,6 +10,8 @@ from torch.nn import Parameter
 
 from reasoner import checkpoint
 from reasoner.checkpoint import Progress
+from reasoner.compose import compose_conf
+from reasoner.config import build
 from reasoner.errors import ConfigError, RunFolderError
 from reasoner.optimizer_state import load_optimizer, optimizer_tensors
 
@@ -105,6 +107,27 @@ def test_g6_fp32_moments_of_bf16_weights_are_not_rounded(tmp_path: Path) -> None
 def test_g6_eight_bit_optimizer(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra gpu")
     round_trip(tmp_path, lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=0.01, min_8bit_size=8))
+
+
+class KeepsItsSettings(torch.optim.SGD):
+    """Holds what it is given as it is given, which bitsandbytes' optimizers do."""
+
+    def __init__(self, params: list[Parameter], lr: float, betas: list[float]):
+        super().__init__(params, lr)
+        self.param_groups[0]["betas"] = betas
+
+
+def test_g6_an_optimizer_of_a_conf_that_keeps_its_settings(tmp_path: Path) -> None:
+    """Hydra's own lists, kept in a state, are nothing that a checkpoint can hold."""
+    node = {"_target_": f"{__name__}.KeepsItsSettings", "betas": [0.9, 0.99]}
+    round_trip(tmp_path, lambda parameters: build(node, params=parameters, lr=0.01))
+
+
+def test_g6_the_eight_bit_optimizer_of_a_conf(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra gpu")
+    node = compose_conf("gsm8k", []).values["grpo"]["optim"]["optimizer"]
+    assert node["_target_"] == "bitsandbytes.optim.AdamW8bit"
+    round_trip(tmp_path, lambda parameters: build({**node, "min_8bit_size": 8}, params=parameters, lr=0.01))
 
 
 def test_state_is_plain_json_and_every_tensor_has_the_prefix() -> None:

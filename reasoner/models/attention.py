@@ -23,6 +23,13 @@ from transformers import AttentionInterface
 from reasoner.models.sharing import Sharing
 
 PACKED = "reasoner_packed"
+MOST_SEQUENCES = 65_535  # of one call of torch's kernel: they are a side of its grid
+MOST_NUMBERS = 2**31  # of its float32 queries in the backward, whose places it reckons in 32 bits
+
+
+class TooLarge(torch.OutOfMemoryError):
+    """More than torch's kernel counts at once, whether or not there is memory for it. What helps is the same: fewer
+    tokens at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,11 +188,24 @@ def varlen_supported(query: Tensor, value: Tensor, scores: Scores) -> bool:
     return query.is_cuda and fits and scores.soft_cap is None and scores.sinks is None
 
 
+def check_size(num_sequences: int, num_tokens: int, heads: int, width: int) -> None:
+    """Raises TooLarge for queries [num_tokens, heads, width] that the kernel would read at wrong places, which ends a
+    process with an illegal access."""
+    # It holds them for each sequence with up to 128 rows of padding, in heads of a multiple of 32.
+    numbers = (num_tokens + 128 * num_sequences) * heads * (-(-width // 32) * 32)
+    if num_sequences > MOST_SEQUENCES or numbers >= MOST_NUMBERS:
+        raise TooLarge(
+            f"attention over {num_tokens:,} tokens in {num_sequences:,} sequences is more than torch's kernel counts "
+            "at once: fewer tokens in a micro-batch"
+        )
+
+
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[Tensor, Tensor, int, int], scores: Scores
 ) -> Tensor:
     """`lengths`: where sequences begin among queries and among keys, and the longest of each. A sequence with fewer
     queries than keys asks with its last tokens: masks are aligned there."""
+    check_size(len(lengths[0]) - 1, *query.shape)
     varlen_attn, told_of_groups = _varlen_attn()
     left = -1 if scores.window is None else scores.window - 1
     told: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if told_of_groups else {}

@@ -1,12 +1,13 @@
 """The layout record, and the attention function's refusals: what it can't honour must not pass silently."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from reasoner.models.attention import PACKED, Layout, packed_attention
+from reasoner.models.attention import PACKED, Layout, check_size, packed_attention
 from tests.models.tiny_models import make_batch, make_model
 
 
@@ -74,3 +75,21 @@ def test_b5_a_forward_with_a_cache_or_a_mask_raises_instead_of_leaking() -> None
         model(input_ids=batch.token_ids[None], use_cache=True, **packed)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         model(input_ids=batch.token_ids[None], use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "num_tokens", "heads", "width", "takes"),
+    [
+        (1, 162_240, 32, 128, True),  # the longest measured on an 8B Llama
+        (1, 2**31 // (32 * 128) - 129, 32, 128, True),
+        (1, 2**31 // (32 * 128) - 128, 32, 128, False),  # padding counts
+        (1, 2**24, 2, 33, False),  # a head of 33 takes the place of 64
+        (65_535, 65_535, 1, 32, True),
+        (65_536, 65_536, 1, 32, False),
+    ],
+)
+def test_more_than_the_fused_kernel_counts_is_refused_like_too_little_memory(
+    num_sequences: int, num_tokens: int, heads: int, width: int, takes: bool
+) -> None:
+    with nullcontext() if takes else pytest.raises(torch.OutOfMemoryError, match="fewer tokens in a micro-batch"):
+        check_size(num_sequences, num_tokens, heads, width)
