@@ -114,10 +114,14 @@ def weights(settings: PretrainedConfig, seed: int = 0) -> Iterator[tuple[str, Te
         yield name, 1 + 0.1 * drawn if "norm" in name else drawn * (STD if parameter.dim() == 2 else 0.1)
 
 
-def random_policy(shape: str, *, nf4: bool, lora: config.Lora, recompute: bool = False) -> Policy:
-    """A policy of this shape whose base is in buffers of ours, with a new adapter on it."""
+def random_policy(
+    shape: str, *, nf4: bool, lora: config.Lora, recompute: bool = False, engine_rows: bool = False
+) -> Policy:
+    """A policy of this shape whose base is in buffers of ours, with a new adapter on it. `engine_rows`: as for
+    `load_model`."""
     settings = hf_config(shape)
-    base, buffers = base_model.build(settings, weights(settings), device=DEVICE, dtype=torch.bfloat16, quantize=nf4)
+    how: Any = {"device": DEVICE, "dtype": torch.bfloat16, "quantize": nf4, "beside": lora if engine_rows else None}
+    base, buffers = base_model.build(settings, weights(settings), **how)
     if recompute:
         recompute_layers(base, shape)
     adapted = adapters.attach(base, lora, name=shape, revision=None)

@@ -5,8 +5,9 @@ tokens each, none ends early. Needs a CUDA GPU with vLLM.
 
 Rows: SHAPE-BASE[-OTHER], shapes of random weights; the base is `bf16`, `nf4` (dequantized for every token) or `nf4-16`
 (held in 16 bits while sampling, rollout.dequantize); `-single` asks vLLM's scheduler before every token, as vLLM itself
-does, where the others ask it once a burst. Every row is an engine of its own in this process; numbers are medians of
-`--repeats` calls after one to warm up, and are written after each row.
+does, where the others ask it once a burst; `-apart` keeps no rows for the adapter's A's below a 16-bit base, so that
+they are products of their own. Every row is an engine of its own in this process; numbers are medians of `--repeats`
+calls after one to warm up, and are written after each row.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from reasoner.rollout import vllm_bursts
 from reasoner.rollout.engine import Sampling
 from reasoner.rollout.vllm_engine import VllmEngine
 
-ROWS = ("135m-bf16-single", "135m-bf16", "135m-nf4-16", "1.5b-bf16", "1.5b-nf4-single", "1.5b-nf4", "1.5b-nf4-16")
+ROWS = (
+    *("135m-bf16-single", "135m-bf16-apart", "135m-bf16", "135m-nf4-16"),
+    *("1.5b-bf16-apart", "1.5b-bf16", "1.5b-nf4-single", "1.5b-nf4", "1.5b-nf4-16"),
+)
 PROMPT, NEW, SEQUENCES = 128, 256, (64, 256)
 
 
@@ -34,7 +38,8 @@ def measure(row: str, repeats: int, kv_gib: float) -> dict[str, Any]:
     """A row's tokens a second by the number of sequences, and its memory in GiB."""
     shape, base, *_ = row.split("-")
     single, dequantize = row.endswith("-single"), row.endswith("-16")
-    policy = random_policy(shape, nf4=base == "nf4", lora=config.Lora(r=32, alpha=64))
+    together = not row.endswith("-apart")
+    policy = random_policy(shape, nf4=base == "nf4", lora=config.Lora(r=32, alpha=64), engine_rows=together)
     began = time.perf_counter()
     sizes: Any = {"max_context": PROMPT + NEW, "kv_bytes": int(kv_gib * GIB), "dequantize": dequantize}
     bursts = vllm_bursts.BURST, vllm_bursts.BURST_WHILE_OTHERS_WAIT

@@ -74,10 +74,11 @@ def make_policy(model: str, quantize: str, rank: int) -> tuple[Policy, list[tupl
         settings = validate(compose_conf("smol", overrides).values).model
         tokenizer = load_tokenizer(settings)
         turns = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in QUESTIONS]
-        return load_model(settings, tokenizer, seed=0), [tuple(tokenizer(turn)["input_ids"]) for turn in turns]
+        policy = load_model(settings, tokenizer, seed=0, engine_rows=True)
+        return policy, [tuple(tokenizer(turn)["input_ids"]) for turn in turns]
     draws = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(3, 30_000, (40 + 3 * i,), generator=draws).tolist()) for i in range(8)]
-    return random_policy(model, nf4=quantize == "nf4", lora=lora), prompts
+    return random_policy(model, nf4=quantize == "nf4", lora=lora, engine_rows=True), prompts
 
 
 @torch.no_grad()

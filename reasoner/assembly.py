@@ -30,7 +30,7 @@ from reasoner.models.stops import stop_ids
 from reasoner.models.untrained import untrained_tokens
 from reasoner.rewards.base import Rewards, load_rewards
 from reasoner.rewards.rehearsal import rehearse
-from reasoner.rollout.choice import choose, make_engine, obstacle, refusal
+from reasoner.rollout.choice import choose, make_engine, obstacle, refusal, samples_from_base
 from reasoner.rollout.engine import Engine
 from reasoner.rollout.platform import engine_environment
 from reasoner.types import Completion, Prompt
@@ -123,7 +123,8 @@ def assemble(
         console.say(line)
     try:
         _rehearse(config, rewards, task, console)
-        policy = load_model(config.model, tokenizer, seed=config.seed)
+        engine_rows = make_own_engine is None and samples_from_base(config)
+        policy = load_model(config.model, tokenizer, seed=config.seed, engine_rows=engine_rows)
     except BaseException:
         rewards.close()
         raise

@@ -33,14 +33,15 @@ FLOAT32, BFLOAT16 = 4, 2  # a gradient or the reference's copy; the engine's cop
 class Held:
     """What the loaded policy holds, in bytes, and what its shape says of the rest.
 
-    >>> Held(base=1_203_000_000, second_base=0, in_16_bits=2_620_000_000, masters=73_859_072, num_trained=18_464_768,
-    ...      kv_token=28_672, score_row=607_744)
+    >>> Held(base=1_203_000_000, second_base=0, in_16_bits=2_620_000_000, masters=73_859_072, below=0,
+    ...      num_trained=18_464_768, kv_token=28_672, score_row=607_744)
     """
 
     base: int  # frozen weights
     second_base: int  # what the engine will load for itself with rollout.share_base=false
     in_16_bits: int  # what NF4 matrices are in 16 bits, with the adapter's A's beside them; 0 without any
     masters: int  # the weights that learn
+    below: int  # rows below the base's matrices, where the engine's copy of A's will lie: allocated with the base
     num_trained: int
     kv_token: int  # the engine's cache of one token
     score_row: int  # the head's float32 scores of one token
@@ -151,6 +152,7 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
         second_base=0 if share_base else own,
         in_16_bits=_in_16_bits(policy) if share_base else 0,
         masters=sum(weight.nbytes for weight in trained),
+        below=policy.weights.nbytes_below if policy.weights is not None else 0,
         num_trained=sum(weight.numel() for weight in trained),
         kv_token=kv_token_bytes(policy.base.config.get_text_config()),
         score_row=FLOAT32 * policy.head_weight.shape[0],
@@ -189,10 +191,10 @@ def parts_before(config: Config, held: Held, *, total: int, free: int, max_conte
     states = [STATES_8BIT if t.startswith("bitsandbytes") and "8bit" in t.lower() else STATES for t in targets]
     return MemoryPlan(
         total=total,
-        taken=max(0, total - free - held.base - held.masters),
+        taken=max(0, total - free - held.base - held.masters - held.below),
         base=held.base,
         second_base=held.second_base,
-        adapter=held.masters + copies * held.num_trained,
+        adapter=held.masters + copies * held.num_trained,  # what lies below is of the engine's copy
         optimizer=max(states, default=0) * held.num_trained,
         engine=ENGINE,
         keep_free=int(config.rollout.keep_free_gib * GIB),

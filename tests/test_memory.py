@@ -38,7 +38,14 @@ from tests.models.tiny_models import lora_of, make_config, make_model, make_poli
 MIB = 1 << 20
 # The shape of a 1.5B model with r=16: 16 Mi trained weights, 28 layers x 2 heads of 128 for keys and for values.
 SMALL = Held(
-    base=GIB, second_base=0, in_16_bits=0, masters=64 * MIB, num_trained=16 * MIB, kv_token=28_672, score_row=0
+    base=GIB,
+    second_base=0,
+    in_16_bits=0,
+    masters=64 * MIB,
+    below=0,
+    num_trained=16 * MIB,
+    kv_token=28_672,
+    score_row=0,
 )
 CONTEXT = 32_768
 ENGINE = 751_619_276  # 0.7 GiB
@@ -56,7 +63,7 @@ def gib(size: float) -> int:
 def planned(config: Config, card_gib: float, peak_gib: float, held: Held = SMALL, taken_gib: float = 0.5) -> MemoryPlan:
     """The plan on a card where CUDA and others hold taken_gib beside the policy."""
     total = gib(card_gib)
-    free = total - gib(taken_gib) - held.base - held.masters
+    free = total - gib(taken_gib) - held.base - held.masters - held.below
     before = parts_before(config, held, total=total, free=free, max_context=CONTEXT)
     return divide(config, before, {"grpo": gib(peak_gib)})
 
@@ -154,6 +161,11 @@ def test_training_and_sampling_take_turns():
     plan = planned(conf("card=8"), 7.5, 3.5)
     assert plan.always + plan.training + plan.kv_bytes > plan.total
     assert max(plan.while_training, plan.while_sampling) <= plan.total
+
+
+def test_rows_below_the_base_are_of_the_engines_copy_and_there_before_the_engine():
+    """They are allocated with the base: neither twice in the plan nor taken by another program."""
+    assert planned(conf("card=8"), 8, 3, replace(SMALL, below=16 * MIB)) == planned(conf("card=8"), 8, 3)
 
 
 def test_each_part_follows_its_setting():
@@ -297,7 +309,7 @@ def test_what_a_policy_holds(share_base: bool):
     frozen = sum(p.numel() for p in policy.model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in policy.trainable().values())
     held = held_by(policy, share_base=share_base)
-    sizes = 4 * trained, trained, 2 * 2 * 2 * 8 * 2, 4 * policy.base.config.vocab_size
+    sizes = 4 * trained, 0, trained, 2 * 2 * 2 * 8 * 2, 4 * policy.base.config.vocab_size
     assert held == Held(4 * frozen, 0 if share_base else 2 * frozen, 0, *sizes)
     assert kv_token_bytes(make_config("qwen3")) == held.kv_token
     whole = held_by(make_policy("qwen3"), share_base=True)
@@ -306,8 +318,11 @@ def test_what_a_policy_holds(share_base: bool):
 
 def test_a_shared_base_is_its_buffers():
     policy = make_policy("llama", lora=lora_of("llama"))
-    policy.weights = SimpleNamespace(nbytes=123, states={"q": SimpleNamespace(shape=torch.Size((8, 64)))})  # type: ignore[assignment]
+    policy.weights = SimpleNamespace(  # type: ignore[assignment]
+        nbytes=123, nbytes_below=45, states={"q": SimpleNamespace(shape=torch.Size((8, 64)))}
+    )
     assert (held_by(policy, share_base=True).base, held_by(policy, share_base=False).second_base) == (123, 123)
+    assert held_by(policy, share_base=True).below == 45
     beside = sum(weight.numel() for name, weight in policy.trainable().items() if "lora_A" in name)
     assert beside and held_by(policy, share_base=True).in_16_bits == 2 * (8 * 64 + beside)
 

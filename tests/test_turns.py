@@ -90,6 +90,29 @@ def test_sft_and_updates_run_while_the_engine_sleeps_and_it_samples_only_from_wh
     assert kinds == {k: v for k, v in result.rows[3].items() if k not in ("row", "stage_index", "artefact")}
 
 
+@pytest.mark.parametrize("own_engine", [False, True])
+def test_the_base_is_loaded_with_rows_for_the_engine_that_will_sample_from_it(
+    own_engine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def load_model(*args, engine_rows, **how):
+        asked.append(engine_rows)
+        raise GuardTripped("that was all")
+
+    monkeypatch.setattr(assembly, "load_model", load_model)
+    for expected in (True, False):
+        monkeypatch.setattr(assembly, "samples_from_base", lambda conf, so=expected: so)
+        with pytest.raises(GuardTripped, match="that was all"):
+            train(
+                "tiny",
+                overrides=[*SMALL, f"out={tmp_path / str(expected)}"],
+                reward=close_enough,
+                engine=Strict if own_engine else None,
+            )
+    assert asked == [not own_engine, False]
+
+
 def test_a_card_that_fails_ends_in_one_line_with_its_checkpoint_kept_and_nothing_asked_of_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

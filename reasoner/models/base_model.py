@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from reasoner.config import Lora
 from reasoner.models import nf4
 from reasoner.models.attention import PACKED
 from reasoner.models.base_weights import BaseWeights
@@ -40,19 +41,21 @@ def build(
     dtype: torch.dtype,
     quantize: bool,
     skip: Collection[str] = (),
+    beside: Lora | None = None,
 ) -> tuple[PreTrainedModel, BaseWeights]:
     """The model, frozen and in eval mode, and the weights it looks at.
 
     `source` yields (parameter name, value) in any order and is asked for one at a time, so that no more than one weight
     is held beside the buffers; names that the model does not have are passed over. `quantize`: its linear layers, but
-    the head and those that `skip` names, become NF4 where their rows allow it. Raises ValueError if a weight is missing
-    or of another shape.
+    the head and those that `skip` names, become NF4 where their rows allow it. `beside`: the adapter that an engine
+    will add to this base, so that rows for its A's are kept below the matrices that are not NF4. Raises ValueError if
+    a weight is missing or of another shape.
     """
     with device, EmptyOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED)
     replace_norms(model, config.model_type)
     weights = BaseWeights(device, dtype)
-    _allocate_linears(model, weights, skip if quantize else None)
+    _allocate_linears(model, weights, skip if quantize else None, beside)
     _allocate_others(model, weights)
     missing = set(weights.tensors) - {_tied_head(model)}
     for name, value in source:
@@ -74,7 +77,9 @@ def _tied_head(model: PreTrainedModel) -> str | None:
     return next(f"{name}.weight" for name, part in model.named_modules() if part is head)
 
 
-def _allocate_linears(model: PreTrainedModel, weights: BaseWeights, skip: Collection[str] | None) -> None:
+def _allocate_linears(
+    model: PreTrainedModel, weights: BaseWeights, skip: Collection[str] | None, beside: Lora | None
+) -> None:
     """Buffers for every linear layer but the head, a group together; `skip` None: nothing is quantized."""
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     done: set[str] = set()
@@ -85,7 +90,10 @@ def _allocate_linears(model: PreTrainedModel, weights: BaseWeights, skip: Collec
         linears = [cast(nn.Linear, modules[sibling]) for sibling in names]
         width, bias = linears[0].in_features, linears[0].bias is not None
         packed = skip is not None and nf4.fits(width) and not any(_named(sibling, skip) for sibling in names)
-        weights.allocate_group(names, [m.out_features for m in linears], width, bias=bias, packed=packed)
+        adapted = [sibling for sibling in names if beside and sibling.rpartition(".")[2] in beside.targets]
+        below = beside.r * len(adapted) if beside else 0
+        rows = [linear.out_features for linear in linears]
+        weights.allocate_group(names, rows, width, bias=bias, packed=packed, below=below)
         for sibling in names:
             _point_linear(model, sibling, weights)
         done.update(names)

@@ -2,8 +2,9 @@
 trainer's modules, and the parameters of an engine in the same process.
 
 Projections that an engine computes as one (q, k, v; gate, up) are neighbours in one buffer, in that order, so that the
-fused matrix is a view too. Nobody may move them afterwards: CUDA graphs hold their addresses. Left out: reading files
-(base_files.py) and the modules (base_model.py).
+fused matrix is a view too. Nobody may move them afterwards: CUDA graphs hold their addresses. Rows below such a matrix
+may be kept for an engine's adapter: they are not the base's, no name leads to them, and no checksum sees them. Left
+out: reading files (base_files.py) and the modules (base_model.py).
 """
 
 import itertools
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from reasoner.models import nf4
 
+BELOW_ROWS = 8  # rows below a matrix are a multiple, so that a product's rows begin at multiples of 16 bytes
 VOCABULARY_ROWS = 64  # vLLM pads embedding and head to a multiple of so many rows; the padding is zeros
 PIECE = 1 << 20  # bytes that a checksum reads at once; it makes four numbers of 8 bytes of each
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,7 +27,8 @@ class BaseWeights:
     """Tensors by the names that transformers gives the model's parameters.
 
     `tensors` maps each name to its view; an NF4 matrix's view is its packed bytes, and `states` (by the name of its
-    module) says how to read them. `fused_states` has the same of each whole group, by the name of its first module.
+    module) says how to read them. `fused_states` has the same of each whole group, by the name of its first module, and
+    `with_rows` the matrix of a group together with the rows below it, where such are kept.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -33,18 +36,21 @@ class BaseWeights:
         self.tensors: dict[str, Tensor] = {}
         self.states: dict[str, Any] = {}
         self.fused_states: dict[str, Any] = {}
+        self.with_rows: dict[str, Tensor] = {}
         self.groups: list[tuple[str, ...]] = []  # the modules that share a buffer, in its order
         self.buffers: list[Tensor] = []
-        self._storages: set[int] = set()  # where the buffers lie
+        self.nbytes_below = 0  # bytes of the rows that are an engine's adapter's
+        self._sizes: dict[int, int] = {}  # where the buffers' memory begins, and how many bytes of it are the base's
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, scales and padding included."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+        """Bytes of all buffers, scales and padding included, also that of the rows below."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers) - self.nbytes_below
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether the tensor lies in one of the buffers."""
-        return tensor.untyped_storage().data_ptr() in self._storages
+        """Whether the tensor, a contiguous one, lies in one of the buffers."""
+        end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+        return end <= self._sizes.get(tensor.untyped_storage().data_ptr(), -1)
 
     def allocate(self, name: str, shape: Sequence[int]) -> Tensor:
         """Room for one parameter that is no matrix of a group."""
@@ -61,14 +67,17 @@ class BaseWeights:
         return self.tensors[name]
 
     def allocate_group(
-        self, modules: Sequence[str], rows: Sequence[int], width: int, *, bias: bool, packed: bool
+        self, modules: Sequence[str], rows: Sequence[int], width: int, *, bias: bool, packed: bool, below: int = 0
     ) -> None:
-        """Room for matrices [rows[i], width] side by side, the weights of `modules`, and for their biases."""
+        """Room for matrices [rows[i], width] side by side, the weights of `modules`, and for their biases.
+
+        `below`: how many rows an engine's adapter needs right below them, unless they are packed; these are zeros.
+        """
         self.groups.append(tuple(modules))
         if packed:
             self._allocate_packed(modules, rows, width)
         else:
-            views = self._own((sum(rows), width), self.dtype).split(list(rows))
+            views = self._own_above((sum(rows), width), below, modules[0]).split(list(rows))
             self.tensors |= {f"{module}.weight": view for module, view in zip(modules, views, strict=True)}
         if bias:
             views = self._own((sum(rows),), self.dtype).split(list(rows))
@@ -86,9 +95,22 @@ class BaseWeights:
 
     def _own(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         buffer = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        self.buffers.append(buffer)
-        self._storages.add(buffer.untyped_storage().data_ptr())
+        self._keep(buffer)
         return buffer
+
+    def _own_above(self, shape: tuple[int, int], below: int, name: str) -> Tensor:
+        rows, width = shape
+        whole = torch.empty(rows + padded_rows(below), width, dtype=self.dtype, device=self.device)
+        whole[rows:].zero_()
+        self._keep(whole[:rows])
+        if below:
+            self.with_rows[name] = whole
+            self.nbytes_below += below * width * whole.element_size()
+        return whole[:rows]
+
+    def _keep(self, buffer: Tensor) -> None:
+        self.buffers.append(buffer)
+        self._sizes[buffer.untyped_storage().data_ptr()] = buffer.nbytes
 
     def tie(self, name: str, to: str) -> None:
         """Give the parameter `name` the tensor of `to`."""
@@ -131,7 +153,7 @@ class BaseWeights:
                 raise ValueError(f"{', '.join(names)} are no neighbours in one buffer, so they have no fused view")
         first = parts[0]
         storage, offset = cast(Any, first.untyped_storage()), first.storage_offset()
-        if (offset + math.prod(shape)) * first.element_size() > storage.nbytes():
+        if (offset + math.prod(shape)) * first.element_size() > self._sizes[storage.data_ptr()]:
             raise ValueError(f"{', '.join(names)}: the buffer is too small for {tuple(shape)}")
         empty: Any = first.new_empty(0)  # the stub of set_ knows no untyped storage
         return empty.set_(storage, offset, tuple(shape))
@@ -148,8 +170,17 @@ class BaseWeights:
         return nf4.dequantize(data, self.states[module]) if module in self.states else data
 
     def checksum(self) -> int:
-        """A number that changes with any bit: of its bytes, weighted by their places, modulo 2^64."""
+        """A number that changes with any bit of the base: of its bytes, weighted by their places, modulo 2^64."""
         return hash(tuple(_checksum(buffer) for buffer in self.buffers))
+
+
+def padded_rows(rows: int) -> int:
+    """How many rows there are below a matrix for an adapter that needs `rows`.
+
+    >>> padded_rows(96), padded_rows(3), padded_rows(0)
+    (96, 8, 0)
+    """
+    return -(-rows // BELOW_ROWS) * BELOW_ROWS
 
 
 def _checksum(buffer: Tensor) -> int:

@@ -59,18 +59,25 @@ def _read_tokenizer(model: config.Model) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model: config.Model, tokenizer: PreTrainedTokenizerBase, *, seed: int, device: torch.device | str | None = None
+    model: config.Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    device: torch.device | str | None = None,
+    engine_rows: bool = False,
 ) -> Policy:
     """The policy, in eval mode, on `device` (none: CUDA where there is one); with model.lora, a new adapter on it.
 
-    `seed` draws a scratch model's weights and the adapter's A; the process's own random state is not touched. Raises
-    ModelError if the model can't be found, read or trained as asked.
+    `seed` draws a scratch model's weights and the adapter's A; the process's own random state is not touched.
+    `engine_rows`: an engine will sample from this base, so that rows for its copy of the adapter are kept below the
+    matrices (base_weights.py), where the base has 16 bits and is in buffers of ours. Raises ModelError if the model
+    can't be found, read or trained as asked.
     """
     sources.check_model(model)
     place = _place(device)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
-        base, buffers, family, revision = _load_base(model, tokenizer, place)
+        base, buffers, family, revision = _load_base(model, tokenizer, place, engine_rows=engine_rows)
         if model.lora:
             adapted = adapters.attach(base, model.lora, name=model.name, revision=revision)
             return _recomputing(Policy(adapted, family, revision=revision, weights=buffers), model)
@@ -112,10 +119,10 @@ def _place(device: torch.device | str | None) -> torch.device:
 
 
 def _load_base(
-    model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, engine_rows: bool = False
 ) -> tuple[PreTrainedModel, BaseWeights | None, Family, str | None]:
     """The base, frozen; the buffers it looks at; its family; the hub's commit."""
-    base, buffers = weights.read(model, tokenizer, device)
+    base, buffers = weights.read(model, tokenizer, device, engine_rows=engine_rows)
     base.requires_grad_(False)
     family = family_of(base.config)
     revision = None if model.gguf or model.scratch else sources.locate(model).revision

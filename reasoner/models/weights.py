@@ -37,26 +37,28 @@ def dtype_of(model: config.Model, device: torch.device) -> torch.dtype:
 
 
 def read(
-    model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, engine_rows: bool = False
 ) -> tuple[PreTrainedModel, BaseWeights | None]:
     """The model on `device`, its attention ours where its family packs, and the buffers it looks at where it has such.
+    `engine_rows`: see `loading.load_model`.
 
     Raises ModelError if a weight is missing or unreadable, or the model can't be quantized as asked.
     """
     dtype = dtype_of(model, device)
+    beside = model.lora if engine_rows else None
     if model.scratch:
         base = _from_config(scratch.make_config(model.scratch, model.max_context), dtype)
     elif model.gguf:
         hf_config, tensors = _read_gguf(gguf.find(model.gguf), tokenizer)
         if shares(model, hf_config, device):
-            return _onto_buffers(model, hf_config, tensors.items(), device)
+            return _onto_buffers(model, hf_config, tensors.items(), device, beside)
         base = _from_config(hf_config, dtype)
         base.load_state_dict(tensors)
     else:
         hf_config = sources.read_config(model)
         _check_quantized(model, hf_config)
         if shares(model, hf_config, device):
-            return _onto_buffers(model, hf_config, base_files.read(sources.locate(model)), device)
+            return _onto_buffers(model, hf_config, base_files.read(sources.locate(model)), device, beside)
         base = _from_pretrained(model, dtype, device)
     return cast(PreTrainedModel, base.to(device)), None  # pyright: ignore[reportArgumentType]
 
@@ -100,14 +102,18 @@ def _check_quantized(model: config.Model, hf_config: PretrainedConfig) -> None:
 
 
 def _onto_buffers(
-    model: config.Model, hf_config: PretrainedConfig, source: Iterable[tuple[str, Any]], device: torch.device
+    model: config.Model,
+    hf_config: PretrainedConfig,
+    source: Iterable[tuple[str, Any]],
+    device: torch.device,
+    beside: config.Lora | None,
 ) -> tuple[PreTrainedModel, BaseWeights]:
     skip = [base_files.text_name(name) for name in _quantization(hf_config).get("llm_int8_skip_modules") or ()]
     hf_config = copy.deepcopy(hf_config)
     vars(hf_config).pop("quantization_config", None)
-    quantize = model.quantize == "nf4"
+    how: Any = {"device": device, "dtype": torch.bfloat16, "quantize": model.quantize == "nf4", "skip": skip}
     try:
-        return base_model.build(hf_config, source, device=device, dtype=torch.bfloat16, quantize=quantize, skip=skip)
+        return base_model.build(hf_config, source, **how, beside=beside)
     except UNREADABLE as error:
         raise sources.unreadable(model, error) from None
 

@@ -78,6 +78,12 @@ def choose(config_: config.Config, policy: Policy) -> tuple[str, str]:
     return "hf", f"rollout.engine: auto chose hf; vllm can't be had: {why}"
 
 
+def samples_from_base(config_: config.Config) -> bool:
+    """Whether vLLM will sample from the trainer's own weights, if the model turns out to be one that can share them.
+    The loader asks: what the engine needs beside the base has to be allocated with it."""
+    return config_.rollout.engine != "hf" and config_.rollout.share_base and obstacle(config_) is None
+
+
 def make_engine(
     name: str,
     config_: config.Config,

@@ -2,7 +2,7 @@
 
 x A^T B^T is added inside the layer's own product, so vLLM's LoRA slots, request names and private manager are not
 needed, any rank will do, and no atomic sums make two runs differ. A's of a fused projection are one buffer and one
-matmul, its B's one launch. Left out: several adapters at once.
+matmul, none where they lie below the base's matrix; its B's are one launch. Left out: several adapters at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ class AdapterPart:
     b: Tensor  # [O, r], one part's rows below another's; of outputs without an adapter, zeros
     bounds: Tensor  # int32 [S, 2], on the device: the outputs that each part begins and ends with
     scaling: float
+    # [O + S r or more, K]: the trainer's matrix of this layer and below it, as some of its rows, `a`. None: apart.
+    matrix: Tensor | None = None
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """out [.., O] += scaling * x A^T B^T, in place; x [.., K]."""
@@ -60,9 +62,16 @@ class AdapterPart:
 class EngineAdapter:
     """Every layer's `AdapterPart`, refilled at once."""
 
-    def __init__(self, state: Mapping[str, Tensor], rows: Mapping[str, int], scaling: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        rows: Mapping[str, int],
+        scaling: float,
+        dtype: torch.dtype,
+        with_rows: Mapping[str, Tensor],
+    ):
         """`state`: the trained matrices by name, as they are now; `rows`: how many outputs each module of the base has
-        (unadapted siblings shift those after them)."""
+        (unadapted siblings shift those after them); `with_rows`: that of `BaseWeights`, where the A's go."""
         self.scaling = scaling
         self._parts: dict[str, AdapterPart] = {}
         self._groups: dict[str, list[str]] = {}  # which modules a part is of
@@ -74,7 +83,8 @@ class EngineAdapter:
             group = [sibling for sibling in siblings(module) if sibling in rows]
             if group[0] not in self._parts:
                 adapted = [sibling for sibling in group if sibling in modules]
-                self._parts[group[0]] = self._make_part(group, adapted, state, names, rows, dtype)
+                matrix = with_rows.get(group[0])
+                self._parts[group[0]] = self._make_part(group, adapted, state, names, rows, dtype, matrix)
                 self._groups[group[0]] = group
         self.load(state)
 
@@ -86,18 +96,21 @@ class EngineAdapter:
         names: Mapping[tuple[str, str], str],
         rows: Mapping[str, int],
         dtype: torch.dtype,
+        matrix: Tensor | None,
     ) -> AdapterPart:
         first = state[names[adapted[0], "A"]]
-        rank = first.shape[0]
-        a = first.new_zeros((len(adapted) * rank, first.shape[1]), dtype=dtype)
-        b = first.new_zeros((sum(rows[module] for module in group), rank), dtype=dtype)
+        rank, outputs = first.shape[0], sum(rows[module] for module in group)
+        shape = (len(adapted) * rank, first.shape[1])
+        a = first.new_zeros(shape, dtype=dtype) if matrix is None else matrix[outputs : outputs + shape[0]]
+        assert a.shape == shape and a.dtype == dtype, (group, a.shape, a.dtype)
+        b = first.new_zeros((outputs, rank), dtype=dtype)
         bounds = []
         for i, module in enumerate(adapted):
             begin = sum(rows[before] for before in group[: group.index(module)])
             bounds.append((begin, begin + rows[module]))
             self._targets[names[module, "A"]] = a[i * rank : (i + 1) * rank]
             self._targets[names[module, "B"]] = b[slice(*bounds[-1])]
-        return AdapterPart(a, b, torch.tensor(bounds, dtype=torch.int32, device=a.device), self.scaling)
+        return AdapterPart(a, b, torch.tensor(bounds, dtype=torch.int32, device=a.device), self.scaling, matrix)
 
     @property
     def nbytes(self) -> int:

@@ -70,7 +70,11 @@ class VllmEngine:
         self.policy, self.decode, self.max_context = policy, decode, max_context
         self.policy_step: int | None = None
         self.adapter = EngineAdapter(
-            policy.trainable(), linear_rows(policy.base), policy.adapter_scaling, policy.head_weight.dtype
+            policy.trainable(),
+            linear_rows(policy.base),
+            policy.adapter_scaling,
+            policy.head_weight.dtype,
+            policy.weights.with_rows if policy.weights and model_path is None else {},
         )
         self._folder = Path(tempfile.mkdtemp(prefix="reasoner-vllm-"))
         self.llm: Any = None

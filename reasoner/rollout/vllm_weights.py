@@ -29,7 +29,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from reasoner.models import nf4
 from reasoner.models.base_model import EmptyOnMeta
-from reasoner.models.base_weights import BaseWeights
+from reasoner.models.base_weights import BaseWeights, padded_rows
 from reasoner.rollout.hf import head_logits
 from reasoner.rollout.vllm_adapter import AdapterPart, EngineAdapter
 
@@ -38,13 +38,15 @@ QUANTIZATION = "reasoner"
 
 
 class PlainMethod(UnquantizedLinearMethod):
-    """x W^T + bias, then the adapter."""
+    """x W^T + bias, then the adapter. Where the trainer kept rows for its A below W, one product gives both."""
 
     def __init__(self, part: AdapterPart | None):
         super().__init__()
         self.part = part
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.part is not None and self.part.matrix is not None:
+            return self.part.joined(linear(x, self.part.matrix), bias)
         out = super().apply(layer, x, bias)
         return out if self.part is None else self.part.add_to(out, x)
 
@@ -150,12 +152,12 @@ class Dequantized:
 
 
 def extra_rows(part: AdapterPart | None) -> int:
-    """Below a layer's matrix: those of its A's, and some so that a row of the product begins at a multiple of 16 bytes.
+    """Below a layer's matrix: those of its A's and the padding.
 
     >>> extra_rows(None)
     0
     """
-    return 0 if part is None else -(-len(part.a) // 8) * 8
+    return 0 if part is None else padded_rows(len(part.a))
 
 
 def _beside_the_cache(numel: int, dtype: torch.dtype) -> Tensor:
@@ -290,10 +292,19 @@ def bind(model: nn.Module, weights: BaseWeights) -> None:
 
 
 def check_bound(model: nn.Module, weights: BaseWeights) -> None:
-    """Raises ValueError that names what lies outside the trainer's memory: no byte of a parameter may."""
+    """Raises ValueError that names what lies outside the trainer's memory: no byte of a parameter may. What a layer
+    multiplies with in place of its weight begins as that weight."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not weights.owns(parameter):
             raise ValueError(f"the engine's {name} is not the trainer's: {parameter.nbytes} bytes outside")
+    for name, module in model.named_modules():
+        part = getattr(getattr(module, "quant_method", None), "part", None)
+        if part is None or part.matrix is None:
+            continue
+        weight = cast(Tensor, module.weight)
+        above = part.matrix[: part.b.shape[0]]
+        if (above.data_ptr(), above.shape, above.dtype) != (weight.data_ptr(), weight.shape, weight.dtype):
+            raise ValueError(f"the engine's {name} would multiply with another matrix than its weight")
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
         raise ValueError(f"the engine's {', '.join(left)} have no values")

@@ -49,6 +49,14 @@ def test_auto_takes_hf_elsewhere_and_says_why(gpu: pytest.MonkeyPatch) -> None:
     assert name == "hf" and "auto chose hf" in said and "no CUDA GPU" in said
 
 
+def test_who_loads_the_base_knows_whether_vllm_will_sample_from_it(gpu: pytest.MonkeyPatch) -> None:
+    assert choice.samples_from_base(conf()) and choice.samples_from_base(conf("vllm"))
+    others = conf("hf"), conf("vllm", share_base=False), conf(lora=None), conf(dtype="float32")
+    assert not any(map(choice.samples_from_base, others))
+    gpu.setattr(torch.cuda, "is_available", lambda: False)
+    assert not choice.samples_from_base(conf())
+
+
 def missing(package: str) -> str:
     raise PackageNotFoundError(package)
 

@@ -24,7 +24,8 @@ def adapted(targets=TARGETS, r: int = 3, **how):
 
 
 def copy_of(policy) -> EngineAdapter:
-    return EngineAdapter(policy.trainable(), linear_rows(policy.base), policy.adapter_scaling, torch.float32)
+    rows = linear_rows(policy.base)
+    return EngineAdapter(policy.trainable(), rows, policy.adapter_scaling, torch.float32, with_rows={})
 
 
 def modules_of(leaf: str) -> list[str]:

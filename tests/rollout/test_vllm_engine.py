@@ -64,12 +64,16 @@ def gaps(policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Sequen
     return torch.stack(rows)
 
 
-CASES = [(family, True) for family in FAMILIES] + [("llama", False), ("qwen2", False), ("gemma3_text", False)]
+# The family, whether its base is NF4, and whether a 16-bit base has the adapter's A's as rows below it.
+CASES = [(family, True, True) for family in FAMILIES]
+CASES += [("llama", False, True), ("qwen2", False, True), ("phi3", False, True), ("gemma3_text", False, True)]
+CASES += [("qwen2", False, False)]
+NAMES = [f"{f}-{'nf4' if nf4 else 'bf16' if rows else 'bf16-apart'}" for f, nf4, rows in CASES]
 
 
-@pytest.mark.parametrize(("family", "nf4"), CASES, ids=[f"{f}-{'nf4' if q else 'bf16'}" for f, q in CASES])
-def test_one_base_two_readers(family: str, nf4: bool, engines: list) -> None:
-    policy = make_policy(family, nf4=nf4)
+@pytest.mark.parametrize(("family", "nf4", "rows"), CASES, ids=NAMES)
+def test_one_base_two_readers(family: str, nf4: bool, rows: bool, engines: list) -> None:
+    policy = make_policy(family, nf4=nf4, rows=rows)
     assert policy.weights is not None and bool(policy.weights.states) == nf4
     checksum = policy.weights.checksum()
     before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
@@ -77,6 +81,8 @@ def test_one_base_two_readers(family: str, nf4: bool, engines: list) -> None:
     engine = start(policy, dequantize=nf4 and family != "llama")
     engines.append(engine)
     assert (engine.built.dequantized is not None) == (nf4 and family != "llama")
+    parts = list(engine.adapter._parts.values())
+    assert {part.matrix is not None for part in parts} == {rows and not nf4}
     assert engine.built.peak < 48 << 20, (engine.built, allocated)
     prompts = prompts_of()
     old = None
@@ -118,6 +124,26 @@ def test_one_base_two_readers(family: str, nf4: bool, engines: list) -> None:
         again = engine.generate(prompts, sampling(), policy_step=99 + len(leaves))
         assert gaps(policy, prompts, again).abs().mean() < 0.03
     assert policy.weights.checksum() == checksum
+    for name, weight in policy.trainable().items():
+        assert torch.equal(engine.adapter._targets[name], weight.bfloat16())  # the A's, too, are the last that came
+
+
+def test_a_rank_that_is_no_multiple_of_8_is_padded(engines: list) -> None:
+    policy = make_policy("qwen2", nf4=False, r=5)
+    engine = start(policy)
+    engines.append(engine)
+    prompts = prompts_of()
+    for step in range(2):
+        change(policy, seed=20 + step)
+        engine.load_adapter(policy.trainable(), step)
+        completions = engine.generate(prompts, sampling(), policy_step=step)
+        off = gaps(policy, prompts, completions).abs().mean()
+        with policy.model.disable_adapter():
+            without = gaps(policy, prompts, completions).abs().mean()
+        assert off < 0.03 and without > 2 * off, (step, off, without)
+    for part in engine.adapter._parts.values():
+        padding = part.matrix[len(part.b) + len(part.a) :]
+        assert 0 < len(padding) < 8 and not padding.any()
 
 
 def batch_of(policy: Policy):

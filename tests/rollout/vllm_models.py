@@ -38,8 +38,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_policy(family: str, *, nf4: bool, r: int = 8, **changes: Any) -> Policy:
-    """A policy with a random base and an adapter that changes much, in buffers of ours."""
+def make_policy(family: str, *, nf4: bool, r: int = 8, rows: bool = True, **changes: Any) -> Policy:
+    """A policy with a random base and an adapter that changes much, in buffers of ours; with `rows` those of a 16-bit
+    base have room for the engine's A's."""
     settings = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -49,11 +50,9 @@ def make_policy(family: str, *, nf4: bool, r: int = 8, **changes: Any) -> Policy
                 weight.data += 0.1 * torch.randn(weight.shape)
             elif name.endswith("bias"):
                 weight.data = 0.1 * torch.randn(weight.shape)
-    cuda = torch.device("cuda", 0)
-    base, weights = base_model.build(
-        settings, source.state_dict().items(), device=cuda, dtype=torch.bfloat16, quantize=nf4
-    )
     lora = config.Lora(r=r, alpha=2 * r, targets=FUSED if family == "phi3" else TARGETS)
+    how: Any = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "quantize": nf4}
+    base, weights = base_model.build(settings, source.state_dict().items(), **how, beside=lora if rows else None)
     adapted = adapters.attach(base, lora, name="tiny", revision=None)
     policy = Policy(adapted, family_of(settings), revision=None, weights=weights)
     change(policy, seed=1)
