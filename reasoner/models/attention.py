@@ -167,7 +167,8 @@ def packed_attention(
     if dropout or is_causal is False or getattr(module, "is_causal", True) is False:
         raise ValueError("packed attention is causal and has no dropout")
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Not x[0], whose gradient is written into zeros, in another order than the projections have theirs.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     of_keys, longest = cu_seq_lens_q, max_length_q
     if sharing is not None:
         assert cu_seq_lens_k is not None, "it comes with sharing"

@@ -186,7 +186,7 @@ class Policy:
             max_length_q=asking.max_seqlen,
             max_length_k=layout.max_seqlen,
             **told,
-        ).last_hidden_state[0]
+        ).last_hidden_state.squeeze(0)
 
     @property
     def recomputes(self) -> bool:

@@ -43,6 +43,20 @@ def test_groups_of_query_heads_share_a_key_head() -> None:
     torch.testing.assert_close(attended, torch.cat(alone, dim=2).transpose(1, 2))
 
 
+def test_gradients_arrive_as_heads_are_projected_and_not_by_way_of_zeros() -> None:
+    """Tokens before heads in memory, so that no projection has to copy its own."""
+    leaves = [torch.randn(1, 6, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    attended, _ = packed_attention(MODULE, *(x.transpose(1, 2) for x in leaves), None, **WHOLE)
+    seen, waiting = set(), [attended.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    names = {type(node).__name__ for node in seen}
+    assert "SqueezeBackward1" in names and "SelectBackward0" not in names
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
