@@ -99,7 +99,8 @@ class Trial:
         layers = backbone.layers
         count = sum(weight.numel() for weight in self.policy.trainable().values())
         held = torch.empty(count, dtype=torch.float32, device=DEVICE)
-        backbone.layers = nn.ModuleList(list(layers)[:FEW_LAYERS])
+        *others, last = layers  # which does not recompute
+        backbone.layers = nn.ModuleList([*others[: FEW_LAYERS - 1], last])
         try:
             yield
         finally:
@@ -110,7 +111,7 @@ class Trial:
         """Have the host's memory for so many tokens page-locked, which is not what an update is timed for."""
         place = getattr(self.policy.base.model.layers[0]._gradient_checkpointing_func, "place", None)
         if place is not None:
-            layers = self.settings.num_hidden_layers
+            layers = self.settings.num_hidden_layers - 1  # all that recompute
             each = -(-tokens * self.settings.hidden_size * 2 // place.chunks.size) * place.chunks.size
             place.chunks.give_back(place.chunks.take(layers * each))
 

@@ -144,7 +144,8 @@ def _recomputing(policy: Policy, model: config.Model) -> Policy:
 
 
 def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False) -> None:
-    """Each layer keeps its input alone, with `offload` on the host, and runs again in the backward.
+    """Each layer keeps its input alone, with `offload` on the host, and runs again in the backward. Not so the last of
+    several: its backward is the first, so that it would make at once what it had let go.
 
     Raises ModelError where layers can't.
     """
@@ -158,6 +159,8 @@ def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False)
     # that would keep it on the device for the whole pass, and its gradient beside it.
     if hasattr(base, "_require_grads_hook"):
         base.disable_input_require_grads()
+    if len(layers) > 1:
+        layers.pop().gradient_checkpointing = False
     if offload:
         place = Offload(base.device)
         for layer in layers:

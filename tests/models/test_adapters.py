@@ -53,18 +53,25 @@ def test_b7_every_b_gets_gradient_at_step_one_and_every_a_at_step_two(folder: Pa
                 weight -= 0.1 * found[name]
 
 
-def test_recomputation_really_recomputes(folder: Path) -> None:
+def test_recomputation_really_recomputes_all_but_the_last_layer(folder: Path) -> None:
     calls = {}
     for recompute in (False, True):
         policy = load(model_of(folder, gradient_checkpointing=recompute))
         seen: list[int] = []
-        policy.base.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        for number, layer in enumerate(policy.base.get_decoder().layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, seen=seen, number=number: seen.append(number))
         policy.train_mode(dropout=False)
         gradients(policy, policy.logprobs(make_batch(), temperature=1.0).logprobs.sum())
-        calls[recompute] = len(seen)
-    assert calls == {False: 1, True: 2}
+        calls[recompute] = seen
+    assert calls == {False: [0, 1], True: [0, 1, 0]}
     with pytest.raises(ModelError, match="gradient_checkpointing=false"):
         recompute_layers(torch.nn.Linear(1, 1), "none")
+
+
+def test_a_layer_that_is_the_only_one_recomputes() -> None:
+    policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=1)
+    recompute_layers(policy.base, "tiny", offload=True)
+    assert policy.recomputes and policy.offloads
 
 
 @pytest.mark.parametrize("keep", [True, "offload"])
