@@ -13,6 +13,7 @@ memory, while the gradient that arrives may be someone else's.
 # Kernels are Python to a type checker, whose loops and constants are none; a launch is a call to it.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,23 @@ def gated(gate: Tensor, up: Tensor, *, tanh: bool, overwrite: bool = False) -> T
 def gated_halves(gate_up: Tensor, *, tanh: bool, overwrite: bool = False) -> Tensor:
     """`gated` of the two halves of the last dimension: [.., 2 I] -> [.., I]."""
     return _Gated.apply(gate_up, None, tanh, overwrite)
+
+
+def gated_product(gate: Tensor, up: Tensor | None, *, tanh: bool) -> Tensor:
+    """`gated`, or without up `gated_halves`, of contiguous tensors and without a graph."""
+    whole, other, width, stride = _halves(gate, up)
+    out = gate.new_empty(*gate.shape[:-1], width)
+    grid, cut = _gated_tiles(out, width, stride)
+    gated_kernel[grid](whole, other, out, *cut, TANH=tanh, BLOCK=GATED_TILE, num_warps=WARPS)
+    return out
+
+
+def gated_backward(gate: Tensor, up: Tensor | None, d_product: Tensor, *, tanh: bool) -> None:
+    """The way back of `gated_product`: writes the gradients over gate and up, and over that of the product, which is
+    contiguous, the product itself, to the bit. What autograd saved of gate and up is void from then on."""
+    over = [gate] if up is None else [gate, up]
+    _gated_back(d_product, over, over, tanh=tanh, again=True)
+    torch.autograd.graph.increment_version(over)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -186,9 +204,10 @@ def gated_kernel(gate, up, out, width, blocks, stride, out_stride, TANH: tl.cons
 
 @triton.jit(do_not_specialize=["blocks"])
 def gated_backward_kernel(
-    d_out, gate, up, d_gate, d_up, width, blocks, stride, out_stride, TANH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Gradients of gate and up, which may lie where gate and up do."""
+    d_out, gate, up, d_gate, d_up, width, blocks, stride, out_stride,
+    TANH: tl.constexpr, AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gate and up, which may lie where gate and up do; AGAIN: the product over d_out."""
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -201,6 +220,8 @@ def gated_backward_kernel(
     derivative = sigmoid + active * (1 - sigmoid) * slope
     tl.store(d_gate + row * stride + column, (gradient * factor * derivative).to(d_gate.dtype.element_ty), mask=inside)
     tl.store(d_up + row * stride + column, (gradient * active).to(d_up.dtype.element_ty), mask=inside)
+    if AGAIN:  # in the order of gated_kernel, so that its bits are the same
+        tl.store(d_out + row * out_stride + column, (active * factor).to(d_out.dtype.element_ty), mask=inside)
 
 
 def _power_of_2(size: int) -> int:
@@ -288,30 +309,32 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, tanh: bool, overwrite: bool) -> Tensor:
         gate, up = gate.contiguous(), None if up is None else up.contiguous()
-        whole, other, width, stride = _halves(gate, up)
-        out = gate.new_empty(*gate.shape[:-1], width)
-        grid, cut = _gated_tiles(out, width, stride)
-        gated_kernel[grid](whole, other, out, *cut, TANH=tanh, BLOCK=GATED_TILE, num_warps=WARPS)
         ctx.save_for_backward(*(gate,) if up is None else (gate, up))
         ctx.tanh, ctx.overwrite = tanh, overwrite
-        return out
+        return gated_product(gate, up, tanh=tanh)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         gradients = saved if ctx.overwrite else [torch.empty_like(one) for one in saved]
-        d_out = grads[0].contiguous()
-        gate, up, width, stride = _halves(*saved)
-        d_gate, d_up, _, _ = _halves(*gradients)
-        grid, cut = _gated_tiles(d_out, width, stride)
-        gated_backward_kernel[grid](
-            d_out, gate, up, d_gate, d_up, *cut, TANH=ctx.tanh, BLOCK=GATED_TILE, num_warps=WARPS
-        )
+        _gated_back(grads[0].contiguous(), saved, gradients, tanh=ctx.tanh, again=False)
         if ctx.overwrite:
             torch.autograd.graph.increment_version(saved)  # a second backward pass raises
             gradients = [one.detach() for one in saved]
         return gradients[0], (gradients[1] if len(saved) == 2 else None), None, None
+
+
+def _gated_back(
+    d_out: Tensor, given: Sequence[Tensor], gradients: Sequence[Tensor], *, tanh: bool, again: bool
+) -> None:
+    """`given` and `gradients`: gate and up, or one tensor of which they are halves. `again`: the product over d_out."""
+    gate, up, width, stride = _halves(*given)
+    d_gate, d_up, _, _ = _halves(*gradients)
+    grid, cut = _gated_tiles(d_out, width, stride)
+    gated_backward_kernel[grid](
+        d_out, gate, up, d_gate, d_up, *cut, TANH=tanh, AGAIN=again, BLOCK=GATED_TILE, num_warps=WARPS
+    )
 
 
 def _halves(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor, int, int]:

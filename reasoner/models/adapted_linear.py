@@ -42,17 +42,22 @@ def adapted(
     [rows[i], r], is what is computed with; its masters, n A's and n B's, are what gets the gradients."""
     with torch.no_grad():
         flat = x.reshape(-1, x.shape[-1])
-        low = _scaled(flat, a.t(), scaling, flat.new_empty(len(flat), len(a)))
+        low = scaled(flat, a.t(), scaling, flat.new_empty(len(flat), len(a)))
     # A layer that runs again for its backward stops once the last tensor that it saves is there, which for a function
     # of autograd's is when its forward is over. So outputs are filled after it: nobody asks for the last one again.
     outs: tuple[Tensor, ...] = Adapted.apply(x, low, frozen, scaling, a, *bs, *masters)  # pyright: ignore[reportAssignmentType]
-    with torch.no_grad():
-        for out, matrix, bias, b, part in zip(outs, frozen.matrices(), frozen.biases, bs, _parts(low, bs), strict=True):
-            # The small term first: the large one is then added as the product is written, and the sum rounded once.
-            rows = out.view(-1, out.shape[-1])
-            torch.mm(part, b.t(), out=rows) if bias is None else torch.addmm(bias, part, b.t(), out=rows)
-            rows.addmm_(flat, matrix.t())
+    fill(outs, flat, low, frozen, bs)
     return outs
+
+
+@torch.no_grad()
+def fill(outs: Sequence[Tensor], rows: Tensor, low: Tensor, frozen: Frozen, bs: Sequence[Tensor]) -> None:
+    """Write the outputs [.., rows[i]] of x [N, K], whose scaling x A^T [N, n r] is `low`."""
+    for out, matrix, bias, b, part in zip(outs, frozen.matrices(), frozen.biases, bs, _parts(low, bs), strict=True):
+        # The small term first: the large one is then added as the product is written, and the sum rounded once.
+        flat = out.view(-1, out.shape[-1])
+        torch.mm(part, b.t(), out=flat) if bias is None else torch.addmm(bias, part, b.t(), out=flat)
+        flat.addmm_(rows, matrix.t())
 
 
 class Adapted(torch.autograd.Function):
@@ -80,15 +85,15 @@ class Adapted(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low_gradient = torch.empty_like(low)
         for g, b, part in zip(gs, bs, _parts(low_gradient, bs), strict=True):
-            _scaled(g, b, scaling, part)
+            scaled(g, b, scaling, part)
         x_gradient = None
         if ctx.needs_input_grad[0]:
             total = low_gradient @ a
             for g, matrix in zip(gs, frozen.matrices(), strict=True):
                 total.addmm_(g, matrix)
             x_gradient = total.view_as(x)
-        a_gradients = _product(low_gradient.t(), rows, dtype).split([b.shape[1] for b in bs])
-        b_gradients = [_product(g.t(), part, dtype) for g, part in zip(gs, _parts(low, bs), strict=True)]
+        a_gradients = product(low_gradient.t(), rows, dtype).split([b.shape[1] for b in bs])
+        b_gradients = [product(g.t(), part, dtype) for g, part in zip(gs, _parts(low, bs), strict=True)]
         return x_gradient, None, None, None, None, *(None for _ in bs), *a_gradients, *b_gradients
 
 
@@ -97,12 +102,12 @@ def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return low.split([b.shape[1] for b in bs], dim=1)
 
 
-def _scaled(left: Tensor, right: Tensor, scaling: float, out: Tensor) -> Tensor:
+def scaled(left: Tensor, right: Tensor, scaling: float, out: Tensor) -> Tensor:
     """scaling * left @ right, written to `out` by the product itself, whatever stands there."""
     return out.addmm_(left, right, beta=0, alpha=scaling)
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in `dtype`, from a float32 sum also where the factors have 16 bits."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
@@ -127,7 +132,7 @@ class Siblings:
     def take(self, layer: "AdaptedLinear", x: Tensor) -> Tensor:
         """The layer's output."""
         if self.waiting is None or self.waiting[0] is not x or id(layer) not in self.waiting[1]:
-            outputs = self._compute(x)
+            outputs = adapted(x, *self.terms(x.dtype))
             self.waiting = (x, {id(one): out for one, out in zip(self.layers, outputs, strict=True)})
             _unfinished.add(self)
         found = self.waiting[1].pop(id(layer))
@@ -136,11 +141,11 @@ class Siblings:
             _unfinished.discard(self)
         return found
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+    def terms(self, dtype: torch.dtype) -> tuple[Frozen, float, Tensor, list[Tensor], list[Tensor]]:
+        """What `adapted` asks for beside x: matrices, scaling, the adapter in this dtype, its masters."""
         masters = [layer.masters for layer in self.layers]
-        a, bs = self._rounded_to(x.dtype, masters)
-        scaling = self.layers[0].scale
-        return adapted(x, self.frozen, scaling, a, bs, [*(one for one, _ in masters), *(one for _, one in masters)])
+        a, bs = self._rounded_to(dtype, masters)
+        return self.frozen, self.layers[0].scale, a, bs, [*(one for one, _ in masters), *(one for _, one in masters)]
 
     def _rounded_to(self, dtype: torch.dtype, masters: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
         """The adapter in this dtype. Kept until a master changes: by its address or by PyTorch's count of writes, which
@@ -171,10 +176,15 @@ class AdaptedLinear(PeftLinear):
         """[.., K] -> [.., O]."""
         if args or kwargs or not self.is_plain:
             return super().forward(x, *args, **kwargs)
+        return self.group.take(self, x)
+
+    @property
+    def group(self) -> Siblings:
+        """Those that it is computed with."""
         if self.siblings is None:
             weight = cast(nn.Linear, self.get_base_layer()).weight
             self.siblings = Siblings([self], weight, getattr(weight, "quant_state", None))
-        return self.siblings.take(self, x)
+        return self.siblings
 
     @property
     def is_plain(self) -> bool:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reasoner.kernels import elementwise
 from reasoner.models.attention import PACKED, packed_attention
+from reasoner.models.gated_down import gated_down
 
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # whether it is gelu's tanh form
 
@@ -98,7 +99,7 @@ class MLP(Fused, nn.Module):
         kernels = elementwise.fast(elementwise.PREFER_GATED, x)
         if kernels is None:
             return super().forward(x)
-        return self.down_proj(kernels.gated(self.gate_proj(x), self.up_proj(x), tanh=self.tanh, overwrite=True))
+        return gated_down(self.down_proj, kernels, self.gate_proj(x), self.up_proj(x), tanh=self.tanh)
 
 
 class HalvedMLP(MLP):
@@ -111,7 +112,7 @@ class HalvedMLP(MLP):
         kernels = elementwise.fast(elementwise.PREFER_GATED, x)
         if kernels is None:
             return super(MLP, self).forward(x)
-        return self.down_proj(kernels.gated_halves(self.gate_up_proj(x), tanh=self.tanh, overwrite=True))
+        return gated_down(self.down_proj, kernels, self.gate_up_proj(x), None, tanh=self.tanh)
 
 
 class Attention(Fused, nn.Module):

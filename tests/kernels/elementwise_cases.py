@@ -158,6 +158,24 @@ def check_gated(
     assert_as_good(run(ours, inputs, upstream), run(of(plain), inputs, upstream), truth, dtype)
 
 
+def check_gated_backward(
+    device: str, dtype: torch.dtype, num_rows: int, width: int, *, tanh: bool, halves: bool
+) -> None:
+    """What is written over gate, up and the product's gradient is, to the bit, what autograd gives and what the forward
+    pass gave."""
+    draws = Draws(device, dtype)
+    gate, up = draws.normal(1, num_rows, width, scale=3), draws.rows(num_rows, width)[None]
+    given = [torch.cat([gate, up], -1)] if halves else [gate, up]
+    upstream = draws.normal(1, num_rows, width)
+    function = elementwise_triton.gated_halves if halves else elementwise_triton.gated
+    product, *gradients = run(lambda *each: function(*each, tanh=tanh), given, [upstream])
+    over, other = given[0], None if halves else given[1]
+    assert torch.equal(elementwise_triton.gated_product(over, other, tanh=tanh), product)
+    elementwise_triton.gated_backward(over, other, upstream, tanh=tanh)
+    assert torch.equal(upstream, product)
+    assert all(torch.equal(one, true) for one, true in zip(given, gradients, strict=True))
+
+
 def check_everything_small(device: str, dtype: torch.dtype) -> None:
     """One odd case of each branch, for mutants."""
     check_norm(device, dtype, 7, 40, added=True, one_plus=False)
@@ -165,3 +183,4 @@ def check_everything_small(device: str, dtype: torch.dtype) -> None:
     check_rotate(device, dtype, 9, 3, 1, 24, turned=12, joined=True)
     for tanh in (False, True):
         check_gated(device, dtype, 5, 1100, tanh=tanh, halves=tanh, overwrite=tanh)
+        check_gated_backward(device, dtype, 5, 1100, tanh=tanh, halves=tanh)

@@ -55,6 +55,13 @@ def test_gated_activations(num_rows, width, tanh, halves, dtype):
         cases.check_gated("cpu", dtype, num_rows, width, tanh=tanh, halves=halves, overwrite=overwrite)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("halves", [False, True], ids=["two", "halves"])
+@pytest.mark.parametrize(("num_rows", "width", "tanh"), [(1, 3, False), (5, 1100, True), (2, 1024, False)], ids=str)
+def test_the_product_again_on_the_way_back(num_rows, width, tanh, halves, dtype):
+    cases.check_gated_backward("cpu", dtype, num_rows, width, tanh=tanh, halves=halves)
+
+
 def test_h4_backward_twice_doubled_and_of_one_output_alone():
     x, residual, weight = (*torch.randn(2, 4, 8), torch.ones(8))
     x.requires_grad_(), residual.requires_grad_()
@@ -78,7 +85,7 @@ def test_h4_a_second_backward_over_gradients_that_were_overwritten_raises():
 def counted(monkeypatch) -> list[str]:
     """From here on the kernels take everything; the names of the operations that they do."""
     calls: list[str] = []
-    for name in ("norm", "add_norm", "rotate", "gated", "gated_halves"):
+    for name in ("norm", "add_norm", "rotate", "gated", "gated_halves", "gated_product", "gated_backward"):
         function = getattr(elementwise_triton, name)
         monkeypatch.setattr(
             elementwise_triton,
@@ -122,14 +129,17 @@ def test_a_fused_model_is_the_plain_one(family, recomputed, monkeypatch):
     heads = 2 * any("q_norm" in key for key in keys)
     expected = {
         "rotate": layers,
-        "gated_halves" if family == "phi3" else "gated": layers,
+        "gated_product": layers,
+        "gated_backward": layers,
         "add_norm": 2 * layers,
         "norm": (2 * family.startswith("gemma") + heads) * layers,
     }
     times = {name: calls.count(name) for name in expected}
+    once = {"gated_backward"} if family.startswith("gemma") else {"gated_backward", "gated_product"}
     last = 1
     assert times == {
-        name: number * (1 + recomputed) + last * (name == "norm") for name, number in expected.items()
+        name: number + number // layers * (recomputed and name not in once) + last * (name == "norm")
+        for name, number in expected.items()
     } and len(calls) == sum(times.values())
     for one, other in zip(found, plain, strict=True):
         assert float((one - other).norm()) <= 2e-5 * float(other.norm())
@@ -141,7 +151,7 @@ def test_what_kernels_do_not_take_is_transformers_own(monkeypatch):
     fuse(policy.base, "llama")
     calls = counted(monkeypatch)
     policy.logprobs(make_batch(), temperature=1.0)
-    assert set(calls) == {"rotate", "gated"}
+    assert set(calls) == {"rotate", "gated", "gated_product"}
     monkeypatch.setattr(elementwise, "PREFER_GATED", False)
     calls.clear()
     ends = torch.tensor([0, 3], dtype=torch.int32)
@@ -170,6 +180,8 @@ MUTANTS = {
     "a slope of 1 in gelu": ("(1 + 0.134145 * square)", "(1 + 0.044715 * square)"),
     "gelu's cube left out": ("gate * (1 + 0.044715 * square)", "gate * 1"),
     "up and gate exchanged": ("(gradient * active)", "(gradient * factor)"),
+    "the product in another order": ("(active * factor).to(d_out", "(value * (sigmoid * factor)).to(d_out"),
+    "the gradient stays where the product belongs": ("(active * factor).to(d_out", "gradient.to(d_out"),
     "the first rows again": ("row = program // blocks\n", "row = program // blocks * 0\n"),
 }
 

@@ -73,6 +73,14 @@ def test_gated_activations(num_rows, width, tanh, halves, overwrite, dtype, case
     cases.check_gated("cuda", dtype, num_rows, width, tanh=tanh, halves=halves, overwrite=overwrite)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("halves", [False, True], ids=["two", "halves"])
+@pytest.mark.parametrize("tanh", [False, True], ids=["silu", "gelu"])
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 3), (301, 8960), (1001, 1003)], ids=str)
+def test_the_product_again_on_the_way_back(num_rows, width, tanh, halves, dtype, cases):
+    cases.check_gated_backward("cuda", dtype, num_rows, width, tanh=tanh, halves=halves)
+
+
 def test_twice_gives_the_same_bits():
     from reasoner.kernels import elementwise_triton as fast
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
     [
         ("interpreted", {"TRITON_INTERPRET": "1"}, 30),
         ("compiled", {}, 20),
-        ("interpreted_elementwise", {"TRITON_INTERPRET": "1"}, 70),
+        ("interpreted_elementwise", {"TRITON_INTERPRET": "1"}, 100),
+        ("interpreted_gated_down", {"TRITON_INTERPRET": "1"}, 20),
         ("compiled_elementwise", {}, 7),
         ("interpreted_vllm", {"TRITON_INTERPRET": "1"}, 28),
         ("compiled_vllm", {}, 6),
