@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import elementwise, linear_logprobs, tiny
+from benchmarks import elementwise, linear_logprobs, nf4, tiny
 from benchmarks.common import RESULTS, read_json, table
 from benchmarks.shared_prefix import rows_of as shared_prefix_rows
 
@@ -105,6 +105,7 @@ TABLES = {
     "loss_head": linear_logprobs.overview,
     "loss_head_rivals": linear_logprobs.beside_rivals,
     "elementwise": elementwise.overview,
+    "nf4": nf4.overview,
     "update": update,
     "shared_prefix": shared_prefix,
     "long_context": long_context,

@@ -1,22 +1,27 @@
 """NF4 matrices by bitsandbytes, arXiv:2305.14314: 4 bits a weight, and a float32 scale (`absmax`) for each 64 of them.
 
-The only file that knows bitsandbytes. A matrix is quantized by itself, with its own scales and without double
-quantization, so that siblings side by side in one buffer dequantize to the same bits as each alone: blocks never cross
-a row, because rows are a multiple of 64 long. Left out: FP4, 8 bits, other block sizes and double quantization, whose
-scales of scales do cross (it would save 0.06 GiB of 1.12 at 1.5B).
+The only file that knows bitsandbytes, and that chooses between it and our own kernel for making numbers of four bits
+again (kernels/nf4.py), which gives the same bits. A matrix is quantized by itself, with its own scales and without
+double quantization, so that siblings side by side in one buffer dequantize to the same bits as each alone: blocks never
+cross a row, because rows are a multiple of 64 long. Left out: FP4, 8 bits, other block sizes and double quantization,
+whose scales of scales do cross (it would save 0.06 GiB of 1.12 at 1.5B).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from reasoner.errors import MissingExtra, ModelError
+from reasoner.kernels import nf4 as kernel
 
-BLOCK = 64  # weights that share a scale
+BLOCK = kernel.BLOCK  # weights that share a scale
+RULE = ("_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_fn")  # bitsandbytes' names, 0.50
 STATE_KEY = ".quant_state.bitsandbytes__"  # follows a weight's name in a checkpoint that bitsandbytes quantized
 
 
@@ -66,14 +71,24 @@ def quantize(weight: Tensor, data: Tensor, absmax: Tensor) -> None:
 
 def dequantize(data: Tensor, state: Any) -> Tensor:
     """The matrix in bfloat16: [rows, columns]."""
-    # Not through bitsandbytes.functional, whose checks take as long as the launch: this runs hundreds of times a pass.
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
-        data, state.absmax, BLOCK, state.quant_type, state.shape, state.dtype
-    )
+    with torch._C.DisableTorchFunctionSubclass():  # a Params4bit says in Python what a tensor is asked
+        fast = kernel.fast(data, state.absmax)
+        if fast is None:
+            # Not through bitsandbytes.functional, whose checks take as long as the launch.
+            return torch.ops.bitsandbytes.dequantize_4bit.default(
+                data, state.absmax, BLOCK, state.quant_type, state.shape, state.dtype
+            )
+        out = torch.empty(state.shape, dtype=state.dtype, device=data.device)
+        fast.dequantize(data, state.absmax, state.code, out)
+        return out
 
 
 def dequantize_into(data: Tensor, state: Any, out: Tensor) -> None:
     """The matrix in bfloat16, written to `out` [rows, columns]."""
+    fast = kernel.fast(data, state.absmax, out)
+    if fast is not None:
+        fast.dequantize(data, state.absmax, state.code, out)
+        return
     torch.ops.bitsandbytes.dequantize_4bit.out(
         data, state.absmax, BLOCK, state.quant_type, state.shape, state.dtype, out=out
     )
@@ -81,10 +96,31 @@ def dequantize_into(data: Tensor, state: Any, out: Tensor) -> None:
 
 def matmul(x: Tensor, data: Tensor, state: Any, bias: Tensor | None) -> Tensor:
     """x [..., columns] @ matrix.T + bias, in bfloat16, also for few rows of x: [..., rows]."""
+    if kernel.fast(data, state.absmax) is not None and _dequantizes(x, state):
+        return linear(x, dequantize(data, state), bias)
     import bitsandbytes
 
     library: Any = bitsandbytes  # it does not list what it exports
     return library.matmul_4bit(x, data, quant_state=state, bias=bias)
+
+
+def _dequantizes(x: Tensor, state: Any) -> bool:
+    """Whether bitsandbytes would make the matrix and have cuBLAS multiply, not multiply from four bits itself."""
+    rule = _rule()
+    if rule is None or x.dtype != state.dtype:
+        return False
+    num_rows = x.numel() // x.shape[-1]
+    return num_rows > rule[0] or not rule[1](x.device.index, x.dtype, num_rows, *state.shape)
+
+
+@cache
+def _rule() -> tuple[int, Callable[..., bool]] | None:
+    """The most rows that bitsandbytes multiplies from four bits itself, and whether it does on a card, for a dtype, so
+    many rows and a matrix [O, K]. Neither has a public name: of a version that has others all is left to it."""
+    from bitsandbytes.backends.cuda import ops
+
+    most, own = (getattr(ops, name, None) for name in RULE)
+    return None if most is None or own is None else (most, own)
 
 
 def make_linear(data: Tensor, state: Any, bias: Tensor | None) -> torch.nn.Module:

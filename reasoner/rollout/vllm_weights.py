@@ -114,9 +114,9 @@ class Float32Head(UnquantizedEmbeddingMethod):
 class Dequantized:
     """The NF4 matrices of vLLM's module in 16 bits, in one buffer that comes and goes with the cache.
 
-    bitsandbytes dequantizes every matrix again for every token of more than a few sequences; from here they are read as
-    they are, bit for bit the same. Below each lie the rows of the adapter's A's, so that a layer makes one product, not
-    two. The buffer's address stays while it sleeps: CUDA graphs know it.
+    From four bits every matrix is dequantized again for every token of more than a few sequences; from here they are
+    read as they are, bit for bit the same. Below each lie the rows of the adapter's A's, so that a layer makes one
+    product, not two. The buffer's address stays while it sleeps: CUDA graphs know it.
     """
 
     def __init__(self, model: nn.Module):

@@ -19,6 +19,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
         ("interpreted_elementwise", {"TRITON_INTERPRET": "1"}, 100),
         ("interpreted_gated_down", {"TRITON_INTERPRET": "1"}, 20),
         ("compiled_elementwise", {}, 7),
+        ("interpreted_nf4", {"TRITON_INTERPRET": "1"}, 40),
+        ("compiled_nf4", {}, 7),
         ("interpreted_vllm", {"TRITON_INTERPRET": "1"}, 28),
         ("compiled_vllm", {}, 6),
     ],
