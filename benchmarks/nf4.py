@@ -14,6 +14,7 @@ where the card never waits. Without a card the trial's kernel is interpreted, in
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -66,10 +67,9 @@ class Matrices:
         return 2 * self.source[0].nbytes
 
 
-def make(rows: int, columns: int) -> Matrices:
+def make(rows: int, columns: int, many: int) -> Matrices:
     """Random bytes, and scales of about 1."""
     numbers = rows * columns
-    many = max(OUTPUT_BYTES // (2 * numbers), LEAST)
     data = torch.randint(0, 256, (many, numbers // 2, 1), dtype=torch.uint8, device=DEVICE)
     absmax = torch.rand(many, numbers // nf4.BLOCK, device=DEVICE) + 0.5
     packed = [(one, nf4.make_state(scales, rows, columns)) for one, scales in zip(data, absmax, strict=True)]
@@ -118,7 +118,7 @@ def graphed(action: Callable[[], None]) -> Callable[[], None]:
 def measured(name: str, shape: tuple[int, int], clock: Clock, *, cuts: bool) -> dict[str, Any]:
     """Microseconds a matrix of every way, and of the copy."""
     torch.manual_seed(0)
-    matrices = make(*shape)
+    matrices = make(*shape, many=max(OUTPUT_BYTES // (2 * math.prod(shape)), LEAST))
     calls: dict[str, Callable[[], None]] = {}
     rows: dict[str, dict[str, Any]] = {}
     expected = None
@@ -155,7 +155,7 @@ def measured(name: str, shape: tuple[int, int], clock: Clock, *, cuts: bool) -> 
 
 def host_us() -> dict[str, float]:
     """Of a call as a layer makes it, with room for its result, until the host has it behind it."""
-    (data, state), *_ = make(64, 64).packed
+    ((data, state),) = make(64, 64, many=1).packed
     times: dict[str, list[float]] = {"bitsandbytes": [], "kernel": []}
     own = kernel.PREFER_TRITON
     for _ in range(HOST_ROUNDS):

@@ -31,6 +31,7 @@ def test_its_table():
 
 
 def test_a_matrix_moves_its_bytes_once():
-    matrices = nf4.make(2, 64)
+    matrices = nf4.make(2, 64, many=3)
     (data, state), out = matrices.packed[0], matrices.outs[0]
+    assert len(matrices.outs) == len(matrices.source) == 3
     assert matrices.nbytes == data.nbytes + state.absmax.nbytes + 2 * out.numel() == 64 + 8 + 256
