@@ -94,12 +94,13 @@ class MLP(Fused, nn.Module):
         """Whether the activation is gelu's tanh form and not silu."""
         return ACTIVATIONS[getattr(self.config, "hidden_activation", None) or self.config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., D] -> [.., D]. Nobody but the product reads gate and up, so their gradients are written over them."""
+    def forward(self, x: Tensor, *, read: bool = True) -> Tensor:
+        """[.., D] -> [.., D]. Nobody but the product reads gate and up, so their gradients are written over them. With
+        `read=False` the output may be left empty: it is there for its graph."""
         kernels = elementwise.fast(elementwise.PREFER_GATED, x)
         if kernels is None:
             return super().forward(x)
-        return gated_down(self.down_proj, kernels, self.gate_proj(x), self.up_proj(x), tanh=self.tanh)
+        return gated_down(self.down_proj, kernels, self.gate_proj(x), self.up_proj(x), tanh=self.tanh, read=read)
 
 
 class HalvedMLP(MLP):
@@ -107,12 +108,12 @@ class HalvedMLP(MLP):
 
     gate_up_proj: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., D] -> [.., D]."""
+    def forward(self, x: Tensor, *, read: bool = True) -> Tensor:
+        """As MLP's."""
         kernels = elementwise.fast(elementwise.PREFER_GATED, x)
         if kernels is None:
             return super(MLP, self).forward(x)
-        return gated_down(self.down_proj, kernels, self.gate_up_proj(x), None, tanh=self.tanh)
+        return gated_down(self.down_proj, kernels, self.gate_up_proj(x), None, tanh=self.tanh, read=read)
 
 
 class Attention(Fused, nn.Module):

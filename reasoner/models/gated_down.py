@@ -16,9 +16,12 @@ from torch.autograd.function import once_differentiable
 from reasoner.models.adapted_linear import AdaptedLinear, Frozen, fill, product, scaled
 
 
-def gated_down(down: nn.Module, kernels: ModuleType, gate: Tensor, up: Tensor | None, *, tanh: bool) -> Tensor:
+def gated_down(
+    down: nn.Module, kernels: ModuleType, gate: Tensor, up: Tensor | None, *, tanh: bool, read: bool = True
+) -> Tensor:
     """[.., I] twice, or without up [.., 2 I] of both, -> [.., O]. `kernels`: what `elementwise.fast` found. Nobody else
-    may read gate and up after the backward pass, of which there is one: their gradients are written over them."""
+    may read gate and up after the backward pass, of which there is one: their gradients are written over them. An
+    output that nobody will `read`, but go backward from, may be left empty."""
     if not (isinstance(down, AdaptedLinear) and down.is_plain and len(down.group.layers) == 1):
         if up is None:
             return down(kernels.gated_halves(gate, tanh=tanh, overwrite=True))
@@ -27,6 +30,8 @@ def gated_down(down: nn.Module, kernels: ModuleType, gate: Tensor, up: Tensor | 
     gate, up = gate.contiguous(), None if up is None else up.contiguous()
     # A layer that runs again for its backward stops here: the rest is done after the function (adapted_linear.adapted).
     out: Tensor = GatedDown.apply(gate, up, kernels, tanh, frozen, scaling, a, b, *masters)  # pyright: ignore[reportAssignmentType]
+    if not read:
+        return out
     with torch.no_grad():
         active = kernels.gated_product(gate, up, tanh=tanh)
         rows = active.view(-1, active.shape[-1])

@@ -8,11 +8,14 @@ second time, and attention, whose memory is not wide.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from reasoner.models.fused import MLP
 
 MOST_ROWS = 16_384  # tokens that are computed at once: matrices are dequantized once for them, and once for each tile
 TILE_ROWS = 8192
@@ -43,7 +46,8 @@ class Tiled(nn.Module):
         if not torch.is_grad_enabled() or not (weights or x.requires_grad):
             return _each(super().forward, x, size)
         kept: Any = _Keep.apply(x if x.requires_grad else x.detach().requires_grad_())
-        found: Any = _Tiles.apply(kept, kept.grad_fn, super().forward, size, *weights)
+        again = partial(super().forward, read=False) if isinstance(self, MLP) else super().forward
+        found: Any = _Tiles.apply(kept, kept.grad_fn, super().forward, again, size, *weights)
         return found
 
 
@@ -62,13 +66,20 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
-    """x [.., D], the node of `_Keep` that made it, a function of rows, a tile's rows, and the weights that learn."""
+    """x [.., D], the node of `_Keep` that made it, a function of rows, the same for one who asks for its graph alone, a
+    tile's rows, and the weights that learn."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, keeper: Any, run: Callable[[Tensor], Tensor], size: int, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        keeper: Any,
+        run: Callable[[Tensor], Tensor],
+        again: Callable[[Tensor], Tensor],
+        size: int,
+        *weights: Tensor,
     ) -> Tensor:
-        ctx.keeper, ctx.run, ctx.size, ctx.weights = keeper, run, size, weights
+        ctx.keeper, ctx.again, ctx.size, ctx.weights = keeper, again, size, weights
         return _each(run, x, size)
 
     @staticmethod
@@ -81,13 +92,13 @@ class _Tiles(torch.autograd.Function):
         for part in _parts(len(rows), ctx.size):
             with torch.enable_grad():
                 piece = rows[None, part].detach().requires_grad_()
-                out = ctx.run(piece)
+                out = ctx.again(piece)
             found = torch.autograd.grad(out, [piece, *ctx.weights], gradients[None, part])
             x_gradients[part] = found[0][0]
             for total, one in zip(sums, found[1:], strict=True):
                 total += one
         totals = [total.to(one.dtype) for total, one in zip(sums, ctx.weights, strict=True)]
-        return x_gradient, None, None, None, *totals
+        return x_gradient, None, None, None, None, *totals
 
 
 def _each(run: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:

@@ -183,7 +183,7 @@ def test_a_layer_that_runs_again_stops_as_soon_as_gate_and_up_are_there(family, 
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_in_tiles_the_gradients_are_those_of_the_whole(recompute, monkeypatch):
+def test_in_tiles_the_gradients_are_those_of_the_whole_and_no_output_is_made_twice(recompute, monkeypatch):
     base = make_model("llama").requires_grad_(False)
     fuse(base, "llama")  # before its MLPs get tiles, as on a card
     model = adapters.attach(base, lora_of("llama"), name="tiny", revision=None)
@@ -201,7 +201,12 @@ def test_in_tiles_the_gradients_are_those_of_the_whole(recompute, monkeypatch):
     whole = learn()
     assert calls.count("gated_backward") == 2
     cut(monkeypatch, 50, 8)
+    calls.clear()
+    bases = counted_bases(monkeypatch)
     found = learn()
-    assert calls.count("gated_backward") == 2 + 2 * 7
+    assert calls.count("gated_backward") == calls.count("gated_product") == 2 * 7
+    # Of each tile gate, up and down, and for its gradients gate and up again, down, and gate and up transposed.
+    in_mlps = [one for one in bases if 48 in (*one.rows, one.weight.shape[1])]
+    assert len(in_mlps) == 2 * 7 * (3 + 2 + 1 + 2)
     for name, truth in whole.items():
         assert float((found[name] - truth).norm()) <= 2e-5 * float(truth.norm())
