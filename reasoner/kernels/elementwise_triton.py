@@ -252,8 +252,9 @@ class _Norm(torch.autograd.Function):
         inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
         other = residual.contiguous() if residual is not None else x
         norm_kernel[grid](x, other, weight, total, out, inverse, rows, eps, ADDED=added, ONE_PLUS=one_plus, **cut)
-        ctx.save_for_backward(total, weight, inverse)
-        ctx.added, ctx.one_plus = added, one_plus
+        ctx.save_for_backward(total, inverse)
+        # Frozen; saved like the others, it would pass a recomputing layer's hooks in Python.
+        ctx.weight, ctx.added, ctx.one_plus = weight, added, one_plus
         ctx.set_materialize_grads(False)
         return (total if added else given), out
 
@@ -263,13 +264,13 @@ class _Norm(torch.autograd.Function):
         d_total, d_out = grads
         if d_out is None:
             return d_total, (d_total if ctx.added else None), None, None, None
-        total, weight, inverse = ctx.saved_tensors
+        total, inverse = ctx.saved_tensors
         d_out = d_out.contiguous()
         d_x = torch.empty_like(total)
         passed = d_out if d_total is None else d_total.contiguous()
         grid, rows, cut = _norm_tiles(total)
         norm_backward_kernel[grid](
-            d_out, passed, total, weight, inverse, d_x, rows,
+            d_out, passed, total, ctx.weight, inverse, d_x, rows,
             ADDED=d_total is not None, ONE_PLUS=ctx.one_plus, **cut,
         )  # fmt: skip
         return d_x, (d_x if ctx.added else None), None, None, None
@@ -279,13 +280,13 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.save_for_backward(cos, sin)
+        ctx.angles = cos, sin  # every layer's, without a gradient
         return _rotated(query, key, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_rotated(*grads, *ctx.saved_tensors, back=True), None, None
+        return *_rotated(*grads, *ctx.angles, back=True), None, None
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,32 @@ def test_recomputation_really_recomputes_all_but_the_last_layer(folder: Path) ->
         recompute_layers(torch.nn.Linear(1, 1), "none")
 
 
+@pytest.mark.parametrize(("dropout", "family", "keeps"), [(0.0, "llama", 0), (0.5, "llama", 1), (0.0, "unheard of", 1)])
+def test_what_is_dropped_is_dropped_again_and_random_states_are_kept_for_what_may_drop(
+    dropout: float, family: str, keeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("llama", lora=lora_of("llama", dropout=dropout))
+    states: list[int] = []
+    read = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: states.append(1) or read())
+
+    def learn() -> dict[str, torch.Tensor]:
+        policy.train_mode(dropout=True)
+        with torch.random.fork_rng():
+            states.clear()
+            torch.manual_seed(5)
+            loss = policy.logprobs(make_batch(), temperature=1.0).logprobs.sum()
+            torch.manual_seed(6)
+            return gradients(policy, loss)
+
+    kept = learn()
+    assert not states
+    policy.base.config.model_type = family
+    recompute_layers(policy.base, "tiny")
+    assert all(torch.equal(gradient, kept[name]) for name, gradient in learn().items())
+    assert bool(states) == keeps
+
+
 def test_a_layer_that_is_the_only_one_recomputes() -> None:
     policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=1)
     recompute_layers(policy.base, "tiny", offload=True)
