@@ -14,6 +14,10 @@ CUDA graphs without inductor that are faster here. First `--natural` steps at na
 problem answered greedily (one judge for all), then `--fixed` steps of completions that are all 200 tokens long, on our
 side rewarded by a coin: groups of equal rewards cost this project no update, and TRL as much as any. Seconds are
 medians after 3 steps of warm-up. Memory is the device's, seen every 20 ms. FILE.json is written after each side.
+
+`start_s` says where the seconds from the process's start to the first answered prompts went. The first side also fills
+the caches on disk: vLLM's, Triton's, and Python's bytecode, which the sides keep in a folder of their own where the
+environment keeps none; without it every start compiles thousands of modules anew. Run twice, the second is warm.
 """
 
 import argparse
@@ -32,10 +36,10 @@ from benchmarks.common import (
     Job,
     about,
     after_warm_up,
+    bytecode_folder,
     judged,
     median,
     read_json,
-    run_and_leave,
     run_jobs,
     shown,
 )
@@ -57,9 +61,9 @@ class Record:
     """What one side measured so far; every change is on disk at once."""
 
     def __init__(self, path: Path, born: float):
-        self.path, self.born = path, born
+        self.path, self.born, self._marked = path, born, born
         self.memory = DeviceMemory()
-        self.found: dict[str, Any] = {"steps": [], "peak_gib": {}, "kv_gib": None, "error": None}
+        self.found: dict[str, Any] = {"steps": [], "peak_gib": {}, "kv_gib": None, "error": None, "start_s": {}}
         self.found["device_gib_before"] = self.memory.used_gib()
 
     def set(self, **values: Any) -> None:
@@ -67,9 +71,29 @@ class Record:
         self.found |= values
         write(self.path, self.found)
 
-    def first_sampled(self) -> None:
-        """Now the first prompt of training is answered."""
-        self.found.setdefault("first_sample_s", time.time() - self.born)
+    def mark(self, phase: str, *, late: float = 0.0) -> None:
+        """A phase of the start ended, so many seconds ago: it has the time since the last mark."""
+        ended = time.time() - late
+        phases = self.found["start_s"]
+        phases[phase] = phases.get(phase, 0.0) + ended - self._marked
+        self._marked = ended
+
+    def mark_after(self, owner: Any, function: str, phase: str) -> None:
+        """Have a phase end whenever this function of the module ends."""
+        original = getattr(owner, function)
+
+        def marked(*arguments: Any, **named: Any) -> Any:
+            given = original(*arguments, **named)
+            self.mark(phase)
+            return given
+
+        setattr(owner, function, marked)
+
+    def first_sampled(self, *, late: float = 0.0) -> None:
+        """The first prompts of training were answered, so many seconds ago."""
+        if "first_sample_s" not in self.found:
+            self.mark("first sample", late=late)
+            self.found["first_sample_s"] = self._marked - self.born
 
     def step(self, phase: str, **values: float) -> None:
         """A step is over. The peak of a phase is that of its steps alone."""
@@ -114,25 +138,35 @@ def settings(given: argparse.Namespace, quantize: str) -> list[str]:
 def our_side(given: argparse.Namespace, record: Record) -> None:
     """This project's steps."""
     from benchmarks.practice import practice
-    from reasoner.assembly import assemble
+    from reasoner import assembly
+    from reasoner.rollout import vllm_engine, vllm_start
 
+    record.mark("imports")
+    for owner, function, phase in (
+        (assembly, "load_task", "data"),
+        (assembly, "_rehearse", "rewards"),
+        (assembly, "load_model", "model"),
+        (assembly, "plan_memory", "rehearsal"),
+        (vllm_start, "import_vllm", "vLLM's imports"),
+        (vllm_engine, "start", "vLLM"),
+    ):
+        record.mark_after(owner, function, phase)
     typed = settings(given, "nf4" if given.side == "nf4" else "none")
     record.set(settings=[setting for setting in typed if "path=" not in setting and "name=" not in setting])
     conf = compose_conf("smol", typed)
     how: dict[str, Any] = {"base_dir": conf.folder, "functions": {}, "rows": None}
     with (
         ExitStack() as closing,
-        practice(lambda console: assemble(validate(conf.values), console=console, **how)) as run,
+        practice(lambda console: assembly.assemble(validate(conf.values), console=console, **how)) as run,
     ):
+        record.mark("other")
         memory = run.parts.memory
         record.set(kv_gib=memory.kv_bytes / GIB if memory else None, parts_gib=memory.parts_gib() if memory else None)
         for phase, steps in (("natural", given.natural), ("fixed", given.fixed)):
             record.begin()
             for _ in range(steps):
                 report = run.step()
-                if not run.taken - 1:
-                    record.first_sampled()  # a little late: after the first step, less what the step says of itself
-                    record.found["first_sample_s"] -= report.values["step_s"] - report.values["generate_s"]
+                record.first_sampled(late=report.values["step_s"] - report.values["generate_s"])
                 record.step(phase, **our_numbers(report.values, COMPLETIONS * given.prompts))
             if phase == "natural":
                 found = run.parts.evaluator.run(
@@ -195,7 +229,7 @@ def summary(side: Mapping[str, Any]) -> dict[str, Any]:
 
 def tables(result: Mapping[str, Any]) -> str:
     """The sides as Markdown: seconds and memory, then accuracy."""
-    speed, accuracy = [], []
+    speed, accuracy, starts = [], [], []
     for name, side in result["sides"].items():
         if side.get("error"):
             speed.append([name, f"failed: {side['error']}"[:120], *[""] * 11])
@@ -207,9 +241,10 @@ def tables(result: Mapping[str, Any]) -> str:
         for told, found in side.get("heldout", {}).items():
             cells = [f"{found[k]['accuracy']:.1f} ({found[k]['low']:.1f}-{found[k]['high']:.1f})" for k in KINDS]
             accuracy.append([name, told, str(found["problems"]), *cells])
+        starts += [[name, phase, shown(seconds, 1)] for phase, seconds in side.get("start_s", {}).items()]
     head = ["side", "lengths", *PARTS[:-1], "s a step", "tok/s", "peak GiB", "KV GiB", "less KV", "to 1st sample s"]
     told = markdown(["side", "set", "problems", "strict %", "lenient %"], accuracy)
-    return f"{markdown(head, speed)}\n\n{told}"
+    return f"{markdown(head, speed)}\n\n{told}\n\n{markdown(['side', 'of the start', 's'], starts)}"
 
 
 KINDS = ("strict", "lenient")
@@ -225,7 +260,7 @@ def run_all(given: argparse.Namespace) -> dict[str, Any]:
 
     def arguments(name: str) -> list[str]:
         born = ["--born", str(time.time())]
-        return ["-m", "benchmarks.beside_trl", *given.passed, "--side", name, "--work", str(work(name)), *born]
+        return ["-m", "benchmarks.one_side", *given.passed, "--side", name, "--work", str(work(name)), *born]
 
     def work(name: str) -> Path:
         return given.logs / f"{name}.json"
@@ -242,7 +277,11 @@ def run_all(given: argparse.Namespace) -> dict[str, Any]:
 
     for name in given.order:
         work(name).unlink(missing_ok=True)
+    kept = bytecode_folder()
+    result["bytecode"] = "kept in a folder of the benchmark's" if kept else "kept by Python"
     jobs = [Job(n, lambda n=n: arguments(n), given.logs / f"{n}.log", given.limit) for n in given.order]
+    for job in jobs:
+        job.environment = kept
     run_jobs(jobs, 1, finished)
     return result
 
@@ -281,7 +320,4 @@ def read_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    asked = read_arguments()
-    if asked.side:
-        run_and_leave(lambda: run_side(asked))
-    print(tables(run_all(asked)))
+    print(tables(run_all(read_arguments())))

@@ -45,6 +45,18 @@ def about(command: str, at: str | None = None) -> dict[str, Any]:
     }
 
 
+def bytecode_folder() -> dict[str, str]:
+    """The environment in which a process keeps its modules' bytecode, so that a later one need not compile them.
+
+    Empty where Python keeps it by itself: where torch, which is imported by now, has some.
+    """
+    assert torch.__spec__ is not None and torch.__spec__.cached is not None
+    if Path(torch.__spec__.cached).exists():
+        return {}
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(caches / "reasoner-benchmarks" / "bytecode")}
+
+
 def write_json(path: Path, value: Any) -> None:
     """The value as JSON, whole or not at all; numbers that are not finite are null."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,9 @@ def trl_side(given: argparse.Namespace, record: "Record") -> None:
 
     config = validate(compose_conf("smol", settings(given, "none")).values)
     tokenizer = load_tokenizer(config.model)
+    record.mark("imports")
     task = load_task(config, tokenizer)
+    record.mark("data")
     trainer, judge = make_trainer(given, record, config, task, tokenizer)
     spans = Spans()
     spans.wrap(trainer, "_generate_and_score_completions", "other")
@@ -118,6 +120,7 @@ def make_trainer(
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
+    record.mark("imports")
     steps = given.natural + given.fixed
     numbers = Order(len(task.prompts), config.seed).take(0, steps * config.grpo.prompts_per_step)
     prompts = [task.prompts[i] for i in numbers]
@@ -139,6 +142,7 @@ def make_trainer(
             r=lora.r, lora_alpha=int(lora.alpha), target_modules=list(lora.targets), task_type="CAUSAL_LM"
         ),
     )
+    record.mark("trainer, model and vLLM")
     return trainer, judge
 
 

@@ -5,6 +5,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from reasoner.spared import spared
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:
@@ -20,11 +22,12 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Uncollected, and what is there at the end is frozen: no collection looks at it before gc.unfreeze().
+    """Uncollected, and what is there at the end is frozen: no collection looks at it before gc.unfreeze(). Packages
+    that nothing here uses are spared.
 
     What is garbage at the start goes first, lest it keep its memory. After an error nothing is frozen.
     """
     gc.collect()
-    with uncollected():
+    with uncollected(), spared():
         yield
         gc.freeze()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; a file imports only from its own package and from what stands above it here.
 LEVELS = """
-    types errors words garbage usage init starter config compose world signals disk redact lock intervals
+    types errors words spared garbage usage init starter config compose world signals disk redact lock intervals
     kernels rewards data
     metrics tracking run_folder console
     models

@@ -78,11 +78,7 @@ def start(
     """
     _set_environment()
     _write_config(policy, folder)
-    with importing():  # vLLM collects garbage eight times while it starts, each time the whole of what is not frozen
-        from vllm import EngineArgs, LLMEngine  # and not LLM, which brings the web server with it
-
-        from reasoner.rollout import vllm_weights
-
+    EngineArgs, LLMEngine, vllm_weights = import_vllm()
     own, name = None if model_path else policy.weights, type(policy.base).__name__
     built = vllm_weights.register(own, adapter, name, dequantize=dequantize)
     try:
@@ -118,6 +114,16 @@ def start(
             "lower rollout.kv_gib, rollout.max_batched_tokens or rollout.max_sequences"
         ) from error
     return llm, built
+
+
+def import_vllm() -> tuple[Any, Any, Any]:
+    """vLLM's `EngineArgs` and `LLMEngine`, and our `vllm_weights`, which needs vLLM. The environment is read here."""
+    with importing():  # vLLM collects garbage eight times while it starts, each time the whole of what is not frozen
+        from vllm import EngineArgs, LLMEngine  # and not LLM, which brings the web server with it
+
+        from reasoner.rollout import vllm_weights
+
+    return EngineArgs, LLMEngine, vllm_weights
 
 
 def _write_config(policy: Policy, folder: Path) -> None:
