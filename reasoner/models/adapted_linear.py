@@ -99,7 +99,7 @@ class Adapted(torch.autograd.Function):
 
 def _parts(low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The columns of scaling x A^T [N, n r] that belong to each B."""
-    return low.split([b.shape[1] for b in bs], dim=1)
+    return (low,) if len(bs) == 1 else low.split([b.shape[1] for b in bs], dim=1)
 
 
 def scaled(left: Tensor, right: Tensor, scaling: float, out: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ def gated_down(
         return out
     with torch.no_grad():
         active = kernels.gated_product(gate, up, tanh=tanh)
+        del gate, up  # the last that holds them where no graph does: the product with the base needs memory of its own
         rows = active.view(-1, active.shape[-1])
         fill([out], rows, scaled(rows, a.t(), scaling, rows.new_empty(len(rows), len(a))), frozen, [b])
     return out

@@ -4,6 +4,7 @@ projection, gate and up alone kept, a layer that runs again stopped as soon as t
 test_without_a_card.py runs this file in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,24 @@ def test_an_mlp_keeps_its_input_and_gate_and_up_and_one_low_term(family, monkeyp
     x = torch.randn(1, ROWS, 32, requires_grad=True)
     adapters = 1 if family == "phi3" else 2
     assert kept_bytes(lambda: policy.base.get_decoder().layers[0].mlp(x)) == 4 * ROWS * (32 + 2 * 48 + 4 * adapters)
+
+
+def test_without_a_graph_gate_and_up_are_gone_before_the_base_is_asked_for(monkeypatch):
+    policy = make_policy("llama", lora=lora_of("llama"))
+    fuse(policy.base, "llama")
+    counted(monkeypatch)
+    mlp = policy.base.get_decoder().layers[0].mlp
+    given: list[weakref.ref[Tensor]] = []
+    for part in (mlp.gate_proj, mlp.up_proj):
+        part.register_forward_hook(lambda _, __, out: given.append(weakref.ref(out)))
+    there: list[list[bool]] = []
+    matrices = Frozen.matrices
+    monkeypatch.setattr(
+        Frozen, "matrices", lambda self: there.append([one() is not None for one in given]) or matrices(self)
+    )
+    with torch.no_grad():
+        mlp(torch.randn(1, ROWS, 32))
+    assert there == [[], [True], [False, False]]
 
 
 def test_where_it_does_not_go_the_product_is_handed_on(monkeypatch):
