@@ -70,7 +70,8 @@ class GatedDown(torch.autograd.Function):
         gate, up = over if len(over) == 2 else (*over, None)
         g = gradients[0].reshape(-1, gradients[0].shape[-1])
         low_gradient = scaled(g, ctx.b, ctx.scaling, g.new_empty(len(g), len(ctx.a)))
-        if any(ctx.needs_input_grad[:2]):
+        needed = any(ctx.needs_input_grad[:2])
+        if needed:
             (matrix,) = ctx.frozen.matrices()
             active = (low_gradient @ ctx.a).addmm_(g, matrix)  # the gradient of what it is in a moment
             ctx.kernels.gated_backward(gate, up, active, tanh=ctx.tanh)
@@ -79,5 +80,5 @@ class GatedDown(torch.autograd.Function):
         low = scaled(active, ctx.a.t(), ctx.scaling, torch.empty_like(low_gradient))
         a_gradient = product(low_gradient.t(), active, ctx.master_dtype)
         b_gradient = product(g.t(), low, ctx.master_dtype)
-        found = [one.detach() if any(ctx.needs_input_grad[:2]) else None for one in (gate, up) if one is not None]
-        return found[0], (found[1] if len(found) == 2 else None), *(None,) * 6, a_gradient, b_gradient
+        found = [one.detach() if needed else None for one in over]
+        return found[0], (found[1] if len(over) == 2 else None), *(None,) * 6, a_gradient, b_gradient

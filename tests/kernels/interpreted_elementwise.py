@@ -1,7 +1,7 @@
 """Norms, rotary positions and gated activations in Triton's interpreter, on a CPU, alone and in whole models.
 
-test_without_a_card.py runs this file in a process of its own, with TRITON_INTERPRET=1. Left out: bfloat16, which the
-interpreter doesn't sum as a card does.
+test_without_a_card.py runs this file in a process of its own, with TRITON_INTERPRET=1. Left out: bfloat16 against
+float64, which the interpreter doesn't sum and round as a card does.
 """
 
 import importlib.util
