@@ -1,5 +1,6 @@
 """What a run does not use is not imported because it is installed, and is there for everybody afterwards."""
 
+import gc
 import importlib
 import importlib.util
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from reasoner.garbage import importing
 from reasoner.spared import SPARED, spared
 
 
@@ -23,12 +25,14 @@ def installed(tmp_path, monkeypatch):
     return SPARED
 
 
-def test_inside_they_are_not_there_and_afterwards_they_are(installed):
-    with spared(), spared():
+@pytest.mark.parametrize("sparing", [spared, importing])
+def test_inside_they_are_not_there_and_afterwards_they_are(sparing, installed):
+    with sparing(), sparing():
         for name in installed:
             assert importlib.util.find_spec(name) is None, "who looks for it, finds it"
             with pytest.raises(ModuleNotFoundError):
                 importlib.import_module(f"{name}.inner")
+    gc.unfreeze()
     for name in installed:
         assert importlib.import_module(f"{name}.inner").__name__ == f"{name}.inner"
 
