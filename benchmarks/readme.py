@@ -29,8 +29,10 @@ SETS = {"svamp": "SVAMP", "asdiv": "ASDiv", "gsm8k": "GSM8K (not practised)"}
 
 
 def word_problems() -> str:
-    """Greedy accuracy before and after in %, with the paired gain and its 95% interval, of every run that ended."""
-    runs = read_json(RESULTS / "word_problems.json")["runs"]
+    """Greedy accuracy before and after in %, with the paired gain and its 95% interval, of every run that ended. The
+    controls are of an earlier commit."""
+    controls, practice = (read_json(RESULTS / f"word_problems{part}.json")["runs"] for part in ("-controls", ""))
+    runs = controls | practice
     rows = [
         [said, *(_moved(runs[name]["sets"][one]) for one in SETS)]
         for name, said in RUNS.items()
