@@ -122,7 +122,8 @@ def random_policy(
     settings = hf_config(shape)
     how: Any = {"device": DEVICE, "dtype": torch.bfloat16, "quantize": nf4, "beside": lora if engine_rows else None}
     base, buffers = base_model.build(settings, weights(settings), **how)
-    if recompute:
-        recompute_layers(base, shape)
     adapted = adapters.attach(base, lora, name=shape, revision=None)
-    return Policy(adapted, family_of(settings), revision=None, weights=buffers)
+    policy = Policy(adapted, family_of(settings), revision=None, weights=buffers)
+    if recompute:  # after peft, as a run does
+        recompute_layers(policy.base, shape)
+    return policy

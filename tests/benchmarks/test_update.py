@@ -1,14 +1,19 @@
 """That every trainer in benchmarks/update.py is given the same work on the same weights, and what that work costs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.random_model import random_policy
 from benchmarks.update import turns, work_of
 from benchmarks.update_ours import Ours
 from benchmarks.update_rivals import Plain, fastest
 from benchmarks.update_work import Work
+from reasoner.config import Lora
+from tests.models.tiny_models import make_batch
 
 
 def test_the_lengths_add_up_and_stay_within_their_limits() -> None:
@@ -23,6 +28,19 @@ def test_useful_work_is_three_passes_of_the_projections_and_two_of_the_head() ->
     a_layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
     trained = sum(length - length // 10 for length in work.lengths)
     assert work.useful_flop == 3 * 2 * 320 * 2 * a_layer + 2 * 2 * trained * 515 * 64
+
+
+def test_layers_of_a_random_policy_recompute_as_those_of_a_run() -> None:
+    """No gradient of the embedding's output, which nobody reads; the random state kept for an adapter that drops."""
+    policy = random_policy("trial", nf4=False, lora=Lora(r=2, alpha=4, dropout=0.5), recompute=True)
+    needed: list[bool] = []
+    policy.base.get_input_embeddings().register_forward_hook(lambda _, __, out: needed.append(out.requires_grad))
+    policy.train_mode(dropout=True)
+    policy.logprobs(make_batch(), temperature=1.0)
+    first, last = (part for part in policy.base.modules() if isinstance(part, GradientCheckpointingLayer))
+    recomputing: Any = first._gradient_checkpointing_func
+    assert needed == [False] and first.gradient_checkpointing and not last.gradient_checkpointing
+    assert recomputing.keywords["preserve_rng_state"]
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft 0.21 asks transformers 5.24 so
