@@ -145,7 +145,7 @@ def _set_environment() -> None:
 def attention_splits(max_context: int) -> int:
     """Into how many parts FlashAttention 3 may cut a sequence's keys in a decode graph. One saves a kernel a layer that
     puts parts together, and its buffers; it pays where there are few keys to go through."""
-    return 1 if max_context <= 2048 else 32  # 32 is vLLM's
+    return 1 if max_context <= 1024 else 32  # 32 is vLLM's
 
 
 def capture_sizes(max_sequences: int) -> list[int]:
