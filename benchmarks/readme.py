@@ -7,6 +7,7 @@ results/.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ def _moved(found: dict[str, Any]) -> str:
     return f"{before:.1f} → {after:.1f} ({gain['points']:+.1f}, {gain['low']:.1f} to {gain['high']:.1f})"
 
 
-def update() -> str:
+def update(card: str) -> str:
     """Whole updates beside the rivals: rows that were timed, and why a rival has none."""
     rows = []
-    for shape, part in read_json(RESULTS / "update-h200.json")["shapes"].items():
+    for shape, part in read_json(RESULTS / f"update-{card}.json")["shapes"].items():
         for side, found in part["sides"].items():
             if found.get("not_run"):
                 rows.append([shape, side, found["not_run"], *["-"] * 6])
@@ -83,10 +84,13 @@ def long_context() -> str:
 
 
 def rollout() -> str:
-    """Tokens a second that vLLM samples."""
-    found = read_json(RESULTS / "rollout.json")["rows"]
-    rows = [[name, *(f"{row[f'tokens_per_s_{count}']:,.0f}" for count in (64, 256))] for name, row in found.items()]
-    return table(["shape, base", "64 sequences", "256 sequences"], rows)
+    """Tokens a second that vLLM samples, by card."""
+    rows = []
+    for result in (read_json(RESULTS / f"rollout-{card}.json") for card in ("h100", "h200")):
+        for name, row in result["rows"].items():
+            speeds = [f"{row[f'tokens_per_s_{count}']:,.0f}" for count in (64, 256)]
+            rows.append([name, result["card"].removeprefix("NVIDIA "), result["commit"], *speeds])
+    return table(["shape, base", "card", "commit", "64 sequences", "256 sequences"], rows)
 
 
 def beside_trl() -> str:
@@ -108,7 +112,8 @@ TABLES = {
     "loss_head_rivals": linear_logprobs.beside_rivals,
     "elementwise": elementwise.overview,
     "nf4": nf4.overview,
-    "update": update,
+    "update": partial(update, "h200"),
+    "update_h100": partial(update, "h100"),
     "shared_prefix": shared_prefix,
     "long_context": long_context,
     "rollout": rollout,
