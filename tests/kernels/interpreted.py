@@ -5,9 +5,6 @@ or compiled for good when its module is imported. Tiles are small here, so that 
 bfloat16, which the interpreter doesn't sum as a card does; float32 takes the same path, float16 that without a factor.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +15,7 @@ from reasoner.kernels import linear_logprobs_triton as fast
 from reasoner.kernels import odds_triton, tiles
 from reasoner.kernels.linear_logprobs import Logprobs
 from reasoner.kernels.tiles import Tiles
+from tests.kernels.mutants import mutated
 from tests.kernels.test_linear_logprobs import SHAPES, make_inputs, naive
 
 assert knobs.runtime.interpret, "set TRITON_INTERPRET=1 before this process starts"
@@ -233,15 +231,7 @@ MUTANTS = {
 @pytest.mark.parametrize("form", ["pointers"], indirect=True)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutated_formula_is_seen(mutant, monkeypatch, tmp_path):
-    right, wrong = MUTANTS[mutant]
-    source = Path(odds_triton.__file__).read_text(encoding="utf-8")
-    assert source.count(right) == 1
-    file = tmp_path / "mutant.py"
-    file.write_text(source.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = mutated(odds_triton, *MUTANTS[mutant], tmp_path)
     monkeypatch.setattr(fast, "odds_triton", module)
     inputs = make_inputs(NUM_ROWS, 127, WIDTH, torch.float32)
     with pytest.raises(AssertionError):

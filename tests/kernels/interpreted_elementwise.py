@@ -4,9 +4,6 @@ test_without_a_card.py runs this file in a process of its own, with TRITON_INTER
 float64, which the interpreter doesn't sum and round as a card does.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from triton import knobs
@@ -17,6 +14,7 @@ from reasoner.models.families import FAMILIES
 from reasoner.models.fused import fuse
 from reasoner.models.policy import Policy
 from tests.kernels import elementwise_cases as cases
+from tests.kernels.mutants import mutated
 from tests.models.tiny_models import gradients, lora_of, make_batch, make_policy
 
 assert knobs.runtime.interpret, "set TRITON_INTERPRET=1 before this process starts"
@@ -188,15 +186,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutated_formula_is_seen(mutant, monkeypatch, tmp_path):
-    right, wrong = MUTANTS[mutant]
-    source = Path(elementwise_triton.__file__).read_text(encoding="utf-8")
-    assert source.count(right) >= 1
-    file = tmp_path / "mutant.py"
-    file.write_text(source.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = mutated(elementwise_triton, *MUTANTS[mutant], tmp_path)
     monkeypatch.setattr(cases, "elementwise_triton", module)
     with pytest.raises(AssertionError):
         cases.check_everything_small("cpu", torch.float32)

@@ -4,8 +4,6 @@ test_without_a_card.py runs this file in a process of its own, with TRITON_INTER
 interpreter cuts off instead of rounding; compiled_nf4.py looks for the rounding, test_nf4_cuda.py has the bits.
 """
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from reasoner.kernels import nf4 as kernel
 from reasoner.kernels import nf4_triton
 from reasoner.kernels.nf4_triton import CUT, Cut
 from reasoner.models import nf4
+from tests.kernels.mutants import mutated
 
 assert knobs.runtime.interpret, "set TRITON_INTERPRET=1 before this process starts"
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")  # 0 * inf
@@ -168,15 +167,7 @@ def check_everything_small() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutated_formula_is_seen(mutant, monkeypatch, tmp_path):
-    right, wrong = MUTANTS[mutant]
-    source = Path(nf4_triton.__file__).read_text(encoding="utf-8")
-    assert source.count(right) == 1
-    file = tmp_path / "mutant.py"
-    file.write_text(source.replace(right, wrong), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = mutated(nf4_triton, *MUTANTS[mutant], tmp_path)
     monkeypatch.setattr(nf4_triton, "dequantize", module.dequantize)
     with pytest.raises(AssertionError):
         check_everything_small()
