@@ -50,6 +50,15 @@ def test_one_that_was_imported_before_stays(installed):
     assert sys.modules[installed[-1]] is held
 
 
+def test_one_that_somebody_insists_on_stays(installed):
+    """A compatibility layer that drops a module's entry and imports it again."""
+    with spared():
+        del sys.modules[installed[0]], sys.modules[installed[1]]
+        held = importlib.import_module(installed[1])
+    assert sys.modules[installed[1]] is held
+    assert importlib.util.find_spec(installed[0]) is not None
+
+
 def test_the_command_line_imports_what_it_needs_without_them():
     script = (
         "import sys; from reasoner.garbage import importing\n"
