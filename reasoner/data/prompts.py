@@ -19,6 +19,7 @@ def make_prompts(
     that the template can't carry.
     """
     rendered: list[Rendered] = []
+    problems = list(problems)  # each is made of its row when it is asked for
     for problem in problems:
         with at(problem.where):
             rendered.append(

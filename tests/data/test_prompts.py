@@ -1,5 +1,6 @@
 """Prompts and worked examples in token ids: A1, A4, A8, B4, F6."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -48,6 +49,24 @@ def test_f6_long_prompts_are_dropped_and_counted_never_cut(plain: Template) -> N
     made, num_long = make_prompts(asked, Data(max_prompt_tokens=8), plain, "grpo")
     assert [(prompt.id, len(prompt.token_ids)) for _, prompt in made] == [("grpo:2", 8)]
     assert num_long == 2
+
+
+def test_a_row_is_made_a_problem_once(plain: Template) -> None:
+    """Which costs a call of the user's `data.map`, and its columns' templates."""
+    made: list[int] = []
+
+    class Lazy(Sequence[Problem]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, place: Any) -> Any:
+            if place >= 3:
+                raise IndexError
+            made.append(place)
+            return problem("q", number=place)
+
+    prompts, _ = make_prompts(Lazy(), Data(), plain, "sft")
+    assert [prompt.id for _, prompt in prompts] == ["sft:0", "sft:1", "sft:2"] and made == [0, 1, 2]
 
 
 def test_b4_long_worked_answers_are_dropped_and_counted_never_cut(plain: Template) -> None:
