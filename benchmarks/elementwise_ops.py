@@ -202,15 +202,15 @@ def gated_cases(sizes: Sizes) -> list[Case]:
         gate, up = gate_up.chunk(2, -1)
         return up * silu(gate)
 
-    def ours(name: str, tanh: bool, overwrite: bool) -> Callable[[], Op]:
-        return lambda: lambda *given: getattr(kernels(), name)(*given, tanh=tanh, overwrite=overwrite)
+    def ours(tanh: bool, overwrite: bool) -> Callable[[], Op]:
+        return lambda: lambda *given: kernels().gated(*given, tanh=tanh, overwrite=overwrite)
 
     def case(name: str, tanh: bool) -> Case:
         plain: Op = (lambda gate, up: gelu(gate, approximate="tanh") * up) if tanh else (lambda g, u: silu(g) * u)
         ways: dict[str, Callable[[], Op]] = {"transformers": lambda: plain, "Liger": lambda: liger(tanh)}
         ways |= {
-            "kernels": ours("gated", tanh, False),
-            "kernels, gradients over gate and up": ours("gated", tanh, True),
+            "kernels": ours(tanh, False),
+            "kernels, gradients over gate and up": ours(tanh, True),
         }
         return Case(name, two, lambda gate, up: gated_torch(gate, up, tanh=tanh), ways, 3 * inner, 5 * inner)
 
@@ -223,8 +223,8 @@ def gated_cases(sizes: Sizes) -> list[Case]:
             lambda whole: gated_torch(*whole.chunk(2, -1), tanh=False),
             {
                 "transformers": lambda: halves,
-                "kernels": ours("gated_halves", False, False),
-                "kernels, gradients over gate and up": ours("gated_halves", False, True),
+                "kernels": ours(False, False),
+                "kernels, gradients over gate and up": ours(False, True),
             },
             3 * inner,
             5 * inner,

@@ -49,19 +49,14 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return _Rotate.apply(query, key, cos, sin)
 
 
-def gated(gate: Tensor, up: Tensor, *, tanh: bool, overwrite: bool = False) -> Tensor:
-    """`gated_torch`: [.., I] twice -> [.., I]. `overwrite`: the backward pass, of which there is then one, writes
-    the gradients over gate and up, which nobody else may read after it."""
+def gated(gate: Tensor, up: Tensor | None = None, *, tanh: bool, overwrite: bool = False) -> Tensor:
+    """`gated_torch`: [.., I] twice, or without up [.., 2 I] of which they are halves, -> [.., I]. `overwrite`: the
+    backward pass, of which there is then one, writes the gradients over both, which nobody else may read after it."""
     return _Gated.apply(gate, up, tanh, overwrite)
 
 
-def gated_halves(gate_up: Tensor, *, tanh: bool, overwrite: bool = False) -> Tensor:
-    """`gated` of the two halves of the last dimension: [.., 2 I] -> [.., I]."""
-    return _Gated.apply(gate_up, None, tanh, overwrite)
-
-
 def gated_product(gate: Tensor, up: Tensor | None, *, tanh: bool) -> Tensor:
-    """`gated`, or without up `gated_halves`, of contiguous tensors and without a graph."""
+    """`gated` of contiguous tensors and without a graph."""
     whole, other, width, stride = _halves(gate, up)
     out = gate.new_empty(*gate.shape[:-1], width)
     grid, cut = _gated_tiles(out, width, stride)

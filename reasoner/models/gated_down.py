@@ -23,8 +23,6 @@ def gated_down(
     may read gate and up after the backward pass, of which there is one: their gradients are written over them. An
     output that nobody will `read`, but go backward from, may be left empty."""
     if not (isinstance(down, AdaptedLinear) and down.is_plain and len(down.group.layers) == 1):
-        if up is None:
-            return down(kernels.gated_halves(gate, tanh=tanh, overwrite=True))
         return down(kernels.gated(gate, up, tanh=tanh, overwrite=True))
     frozen, scaling, a, (b,), masters = down.group.terms(gate.dtype)
     gate, up = gate.contiguous(), None if up is None else up.contiguous()

@@ -43,7 +43,7 @@ def activated(width: int) -> None:
 
 
 def halves_activated(width: int) -> None:
-    fast.gated_halves(grown(1, 20, 2 * width), tanh=True).sum().backward()
+    fast.gated(grown(1, 20, 2 * width), tanh=True).sum().backward()
 
 
 def activated_again(width: int) -> None:

@@ -145,8 +145,7 @@ def check_gated(
 
     def ours(*given):
         given = [one.clone() for one in given]  # which may be overwritten
-        function = elementwise_triton.gated_halves if halves else elementwise_triton.gated
-        return function(*given, tanh=tanh, overwrite=overwrite)
+        return elementwise_triton.gated(*given, tanh=tanh, overwrite=overwrite)
 
     def of(function):
         return lambda *given: function(*(given[0].chunk(2, -1) if halves else given))
@@ -167,8 +166,7 @@ def check_gated_backward(
     gate, up = draws.normal(1, num_rows, width, scale=3), draws.rows(num_rows, width)[None]
     given = [torch.cat([gate, up], -1)] if halves else [gate, up]
     upstream = draws.normal(1, num_rows, width)
-    function = elementwise_triton.gated_halves if halves else elementwise_triton.gated
-    product, *gradients = run(lambda *each: function(*each, tanh=tanh), given, [upstream])
+    product, *gradients = run(lambda *each: elementwise_triton.gated(*each, tanh=tanh), given, [upstream])
     over, other = given[0], None if halves else given[1]
     assert torch.equal(elementwise_triton.gated_product(over, other, tanh=tanh), product)
     elementwise_triton.gated_backward(over, other, upstream, tanh=tanh)

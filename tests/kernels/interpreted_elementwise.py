@@ -83,7 +83,7 @@ def test_h4_a_second_backward_over_gradients_that_were_overwritten_raises():
 def counted(monkeypatch) -> list[str]:
     """From here on the kernels take everything; the names of the operations that they do."""
     calls: list[str] = []
-    for name in ("norm", "add_norm", "rotate", "gated", "gated_halves", "gated_product", "gated_backward"):
+    for name in ("norm", "add_norm", "rotate", "gated", "gated_product", "gated_backward"):
         function = getattr(elementwise_triton, name)
         monkeypatch.setattr(
             elementwise_triton,

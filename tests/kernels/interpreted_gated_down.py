@@ -42,8 +42,6 @@ def down_of(dtype: torch.dtype, *, nf4: bool = False, bias: bool = False) -> Ada
 
 
 def handed_on(down: AdaptedLinear, kernels: Any, gate: Tensor, up: Tensor | None, *, tanh: bool) -> Tensor:
-    if up is None:
-        return down(kernels.gated_halves(gate, tanh=tanh, overwrite=True))
     return down(kernels.gated(gate, up, tanh=tanh, overwrite=True))
 
 
@@ -175,6 +173,26 @@ def test_where_it_does_not_go_the_product_is_handed_on(monkeypatch):
         calls.clear()
         dropping.logprobs(make_batch(), temperature=1.0)
         assert calls.count("gated") == 2
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "gate_proj"), ("phi3", "gate_up_proj")])
+def test_the_product_that_is_handed_on_is_that_of_transformers(family, target, monkeypatch):
+    """Of an MLP whose down projection has no adapter, in two tensors or the halves of one."""
+    policy = make_policy(family, lora=Lora(r=4, alpha=8, targets=[target]))
+    fuse(policy.base, family)
+
+    def learn() -> tuple[Tensor, dict[str, Tensor]]:
+        found = policy.logprobs(make_batch(), temperature=1.0).logprobs
+        return found.detach(), gradients(policy, found.square().sum())
+
+    truth, true_gradients = learn()
+    calls = counted(monkeypatch)
+    found, found_gradients = learn()
+    assert "gated" in calls and "gated_backward" not in calls
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+    for name, true in true_gradients.items():
+        assert true.norm() > 0
+        assert (found_gradients[name] - true).norm() <= 1e-4 * true.norm(), name
 
 
 @pytest.mark.parametrize(("family", "again"), [("llama", 6), ("phi3", 3), ("gemma3_text", 7)])
