@@ -136,6 +136,12 @@ def reload(model: PeftModel, folder: Path) -> None:
         raise ModelError(f"the adapter in {folder} does not fit: {len(lost)} matrices differ, first {lost[0]}")
 
 
+def dropouts(model: torch.nn.Module) -> list[torch.nn.Dropout]:
+    """Those that drop an adapter's inputs; none where its dropout is 0."""
+    named = model.named_modules()
+    return [part for name, part in named if isinstance(part, torch.nn.Dropout) and ".lora_dropout." in name]
+
+
 @contextmanager
 def _old_names_allowed() -> Iterator[None]:
     """peft 0.21 asks transformers 5.24 by a name that it deprecates; a user can do nothing about that."""

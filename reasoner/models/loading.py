@@ -155,8 +155,8 @@ def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False)
     # transformers 5.24 deprecates the second name; 5.17 has no other.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     # The random state is kept for an adapter that drops: nothing else of a family that we know does (`train_mode`).
-    drops = any(".lora_dropout." in name and isinstance(part, torch.nn.Dropout) for name, part in base.named_modules())
-    enable({"use_reentrant": False, "preserve_rng_state": drops or not family_of(base.config).known})
+    may_drop = bool(adapters.dropouts(base)) or not family_of(base.config).known
+    enable({"use_reentrant": False, "preserve_rng_state": may_drop})
     # Under an adapter transformers has the embedding's output require a gradient, for the other kind of checkpoint:
     # that would keep it on the device for the whole pass, and its gradient beside it.
     if hasattr(base, "_require_grads_hook"):

@@ -202,10 +202,9 @@ class Policy:
     def train_mode(self, *, dropout: bool) -> None:
         """Ready for a backward: layers recompute if loaded so, and the adapter drops inputs if `dropout` (SFT only)."""
         self.model.eval()
-        for name, part in self.model.named_modules():
-            drops = dropout and isinstance(part, torch.nn.Dropout) and ".lora_dropout." in name
-            if drops or _recomputes(part):
-                part.training = True  # not .train(): that would wake the base's own dropout below it
+        woken = [part for part in self.model.modules() if _recomputes(part)]
+        for part in [*woken, *(adapters.dropouts(self.model) if dropout else [])]:
+            part.training = True  # not .train(): that would wake the base's own dropout below it
 
     def eval(self) -> None:
         """Ready for logprobs and sampling: nothing is dropped, and the same batch gives the same bits."""
