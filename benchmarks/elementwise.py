@@ -190,8 +190,7 @@ def printed(result: dict[str, Any]) -> str:
 
 def overview() -> str:
     """The kept result's tables."""
-    result = read_json(RESULT)
-    return "Not measured yet." if result is None else "\n\n".join(printed(one) for one in result["operations"])
+    return "\n\n".join(printed(one) for one in read_json(RESULT)["operations"])
 
 
 def main() -> None:

@@ -190,8 +190,7 @@ def printed(result: dict[str, Any]) -> str:
 
 def overview() -> str:
     """The kept result's table."""
-    result = read_json(RESULT)
-    return "Built, not measured yet." if result is None else printed(result)
+    return printed(read_json(RESULT))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import GIB, RESULTS, about, run_and_leave, shown, table, write_json
+from benchmarks.common import GIB, about, run_and_leave, shown, table, write_json
 from benchmarks.random_model import random_policy
 from benchmarks.shared_base import policy_16_bits, prompts_of
 from reasoner import config
@@ -74,14 +74,15 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-gib", type=float, default=8)
-    parser.add_argument("--out", type=Path, default=RESULTS / "rollout.json")
+    parser.add_argument("--out", type=Path, help="nothing is written without it")
     parser.add_argument("--commit", help="where the checkout has no history")
     asked = parser.parse_args()
     command = f"python -m benchmarks.rollout --rows {' '.join(asked.rows)} --repeats {asked.repeats}"
     result = about(command, asked.commit) | {"prompt": PROMPT, "new": NEW, "rows": {}}
     for row in asked.rows:
         found = result["rows"][row] = measure(row, asked.repeats, asked.kv_gib)
-        write_json(asked.out, result)
+        if asked.out:
+            write_json(asked.out, result)
         print(row, {name: value for name, value in found.items() if "seconds" not in name}, flush=True)
         gc.collect()
         torch.cuda.empty_cache()
