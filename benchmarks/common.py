@@ -29,6 +29,7 @@ from reasoner.summary import commit, versions
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
+CONTEXT_GIB = 0.75  # of a card, for CUDA and the desktop
 POLL_S = 0.02  # between two looks at the device's memory
 KILL_AFTER_S = 20.0  # from asking a process to end to ending it
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import (
+    CONTEXT_GIB,
     GIB,
     DeviceMemory,
     Job,
@@ -64,7 +65,6 @@ CASES: dict[str, tuple[str, float, list[str]]] = {
     "7b-16": ("7b", 16, ["card=16", "model.quantize=nf4"]),
     "7b-24": ("7b", 24, ["card=24_7b"]),
 }
-CONTEXT_GIB = 0.75  # of a card, for CUDA and the desktop
 ROWS = 512
 WORDS = (
     "a",

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import GIB, about, shown, table, write_json
+from benchmarks.common import CONTEXT_GIB, GIB, about, shown, table, write_json
 from benchmarks.random_model import DEVICE, hf_config, num_projection_weights, random_policy
 from benchmarks.update_ours import everything_on, make_updater
 from benchmarks.update_work import ALPHA, RANK, TARGETS, finish_gpu_work
@@ -44,7 +44,6 @@ from reasoner.types import Completion, Example, Group, Prompt, Score
 from reasoner.update import LossOutput
 
 CARDS = (8, 12, 16, 24)  # GiB
-CONTEXT_GIB = 0.75
 UNSLOTH = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475}  # its published table, batch 1, r=32
 CLOSE = 1.03
 GROUP, FEW = 8, 2  # completions of a group; where time is short, since each is a micro-batch like the others

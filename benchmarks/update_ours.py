@@ -11,24 +11,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers.modeling_layers import GradientCheckpointingLayer
+import torch
 
+from benchmarks.common import CONTEXT_GIB, GIB
 from benchmarks.random_model import DEVICE, random_policy
 from benchmarks.update_work import ALPHA, LR, RANK, TARGETS, Row, Work, stepped
 from reasoner import config
 from reasoner.compose import compose_conf
 from reasoner.config import validate
+from reasoner.memory import STATES_8BIT
 from reasoner.models.adapted_linear import AdaptedLinear, join
-from reasoner.models.loading import recompute_layers
+from reasoner.models.loading import layers_of, recompute_layers
 from reasoner.models.policy import Policy
+from reasoner.peak import rehearse
 from reasoner.sft import SFTTrainer
 from reasoner.types import Example, Prompt
 from reasoner.update import Updater
 
 OURS = "reasoner"
-# Of main rows that recompute nothing: into how many parts the update's tokens go, each the most of a micro-batch.
-KEEPING = {"7b": (2, 8)}
-KEEPING_ELSE = (2,)
+WITHIN = {"1.5b": 24, "7b": 16}  # of the row that recomputes as little as fits: GiB of its card
+# Of the main row that recomputes nothing: into how many parts the update's tokens go, each the most of a micro-batch.
+KEEPING = {"7b": 2}
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,17 @@ class Ours:
         self.work, self.logs, self.examples = work, logs, examples_of(work)
 
     def rows(self) -> list[Row]:
-        """With everything on: what a run with model.gradient_checkpointing=true does, and with false, which is faster
-        and takes the more memory the larger a micro-batch is."""
-        keeping = KEEPING.get(self.work.shape, KEEPING_ELSE)
-        return [self._row(OURS), *(self._keeping(parts) for parts in keeping)]
+        """With everything on: what a run does with model.gradient_checkpointing=true; with auto on a card of WITHIN
+        GiB; and with false, which is faster and takes the more memory the larger a micro-batch is."""
+        found = [self._row(OURS)]
+        if (gib := WITHIN.get(self.work.shape)) and DEVICE.type == "cuda":
+            found.append(self._row(f"{OURS}, a card of {gib} GiB", prepare=lambda: self._fit(gib)))
+        return [*found, self._keeping(KEEPING.get(self.work.shape, 1))]
 
     def variants(self) -> list[Row]:
         """The first of them with one thing changed."""
         layers = [part for part in self.policy.model.modules() if isinstance(part, AdaptedLinear)]
-        found = [self._keeping(1)]
+        found = [self._keeping(2)] if self.work.shape not in KEEPING else []
         if DEVICE.type == "cuda":
             found.append(self._row(f"{OURS}, inputs on the host", prepare=lambda: offload_inputs(self.policy)))
         found += [self._row(f"{OURS}, {self._said(parts)}", parts=parts) for parts in (2, 4)]
@@ -114,6 +119,17 @@ class Ours:
     def _keeping(self, parts: int) -> Row:
         name = f"{OURS}, nothing recomputed, {self._said(parts)}"
         return self._row(name, prepare=lambda: set_recompute(self.policy, False), parts=parts)
+
+    def _fit(self, gib: int) -> None:
+        """Have as few layers recompute as a run's rehearsal would on a card of so many GiB."""
+        set_recompute(self.policy, False)
+        typed = ["card=24", "stages=[sft]", "data.max_prompt_tokens=1", f"sft.examples_per_step={self.work.num}"]
+        typed += [f"sft.tokens_per_micro_batch={self.work.tokens}", f"sft.max_completion_tokens={self.work.longest}"]
+        settings = validate(compose_conf("gsm8k_base", typed).values)
+        assert settings.model.gradient_checkpointing == "auto"
+        states = STATES_8BIT * sum(weight.numel() for weight in self.policy.trainable().values())
+        room = int((gib - CONTEXT_GIB) * GIB) - torch.cuda.memory_allocated() - states
+        rehearse(settings, self.policy, max_context=self.work.tokens, room=room)
 
     def _said(self, parts: int) -> str:
         """Not by their number: whole sequences seldom fill a micro-batch."""
@@ -146,6 +162,7 @@ class Ours:
             with everything_on(without):
                 seconds = stepped(update)(warm_up, timed)
             row.facts |= {"micro_batch": f"{updater.tokens_per_micro_batch} tokens", "said": said}
+            row.facts["recomputed_layers"] = self.policy.recomputed
             return seconds
 
         row.run = run
@@ -171,9 +188,8 @@ def set_recompute(policy: Policy, on: bool) -> None:
     if on:
         recompute_layers(policy.base, "the model")
         return
-    for part in policy.model.modules():
-        if isinstance(part, GradientCheckpointingLayer):
-            part.gradient_checkpointing = False
+    for layer in layers_of(policy.model):
+        layer.gradient_checkpointing = False
 
 
 def offload_inputs(policy: Policy) -> None:

@@ -1,7 +1,7 @@
 """GPU memory of a run, in parts: the worst micro-batch runs before step 1, and the engine's cache gets what is left.
 
 Training and sampling take turns. The cache is given back while training, activations are gone while sampling; all other
-parts stay. `rehearse` measures, `parts_before` and `divide` are arithmetic, `plan_memory` does both. Left out: the
+parts stay. `peak.rehearse` measures, `parts_before` and `divide` are arithmetic, `plan_memory` does both. Left out: the
 host's memory, and a share of the card as a setting (sizes can be added up, shares can't).
 """
 
@@ -13,15 +13,10 @@ from typing import Any
 import torch
 
 from reasoner.config import Config, data_of
-from reasoner.errors import ModelError, OutOfMemory
-from reasoner.grpo.batch import PackedBatch
-from reasoner.models.adapted_linear import forget
-from reasoner.models.attention import Layout
-from reasoner.models.loading import recompute_layers
+from reasoner.errors import ModelError
 from reasoner.models.policy import Policy
-from reasoner.worst_batch import longest_trained, worst_layout, worst_lengths
+from reasoner.peak import GIB, rehearse, savings, training_stages
 
-GIB = 1 << 30
 ENGINE = GIB * 7 // 10  # of vLLM beside its cache: CUDA graphs, input buffers, slack; 0.65 was seen at 1.5B
 CACHE_SLACK = 1.05  # blocks that are filled in part
 # Bytes a trained weight.
@@ -65,8 +60,8 @@ class MemoryPlan:
     kv_bytes: int  # the engine's cache; given back while training
     kv_token: int  # of it, one token
     longest: int  # tokens of prompt and completion in the longest sequence that is sampled
-    # What the worst micro-batch counts on: layers run again in the backward, and keep their inputs on the host.
-    recomputes: bool = False
+    # What the worst micro-batch counts on: layers that run again in the backward, and keep their inputs on the host.
+    recomputed: int = 0
     offloads: bool = False
 
     @property
@@ -87,7 +82,8 @@ class MemoryPlan:
 
     @property
     def _layers(self) -> str:
-        return f"{', layers recomputed' * self.recomputes}{', their inputs on the host' * self.offloads}"
+        recomputed = f", {self.recomputed} layers recomputed" if self.recomputed else ""
+        return f"{recomputed}{', their inputs on the host' * self.offloads}"
 
     def parts_gib(self) -> dict[str, float]:
         """The parts and both sums in GiB, for summary.json."""
@@ -138,7 +134,7 @@ def plan_memory(config: Config, policy: Policy, *, max_context: int) -> MemoryPl
     before = parts()
     peaks = rehearse(config, policy, max_context=max_context, room=before.total - before.always)
     # CUDA itself took a little more for the kernels that ran.
-    return replace(divide(config, parts(), peaks), recomputes=policy.recomputes, offloads=policy.offloads)
+    return replace(divide(config, parts(), peaks), recomputed=policy.recomputed, offloads=policy.offloads)
 
 
 def held_by(policy: Policy, *, share_base: bool) -> Held:
@@ -185,7 +181,7 @@ def parts_before(config: Config, held: Held, *, total: int, free: int, max_conte
             "rollout.dequantize=true holds an NF4 base in 16 bits too, and this base is not NF4 or not shared with the "
             "engine: set it to auto"
         )
-    stages = _training_stages(config)
+    stages = training_stages(config)
     copies = BFLOAT16 + (FLOAT32 if "grpo" in stages and config.grpo.kl_coef > 0 else 0)
     targets = [str(getattr(config, stage).optim.optimizer.get("_target_", "")) for stage in stages]
     states = [STATES_8BIT if t.startswith("bitsandbytes") and "8bit" in t.lower() else STATES for t in targets]
@@ -222,11 +218,11 @@ def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> Memo
             f"training with {stage}.tokens_per_micro_batch={size}",
             plan.while_training,
             plan,
-            f"lower that, rollout.keep_free_gib or model.lora.r{_savings(config)}",
+            f"lower that, rollout.keep_free_gib or model.lora.r{savings(config)}",
         )
     one = math.ceil(plan.longest * plan.kv_token * CACHE_SLACK)
     left = plan.total - plan.always - plan.scores
-    shorter = f"lower grpo.max_completion_tokens, data.max_prompt_tokens or rollout.keep_free_gib{_savings(config)}"
+    shorter = f"lower grpo.max_completion_tokens, data.max_prompt_tokens or rollout.keep_free_gib{savings(config)}"
     if left < one:
         needed = plan.always + plan.scores + one
         raise _too_little(f"sampling one sequence of {plan.longest} tokens", needed, plan, shorter)
@@ -260,114 +256,11 @@ def longest_sampled(config: Config, max_context: int) -> int:
     return min(max_context, max(practised, max(prompts) + evaluated))
 
 
-def rehearse(config: Config, policy: Policy, *, max_context: int, room: int) -> dict[str, int]:
-    """Bytes that the fullest micro-batch of each training stage takes above what is held now, gradients included.
-
-    Nothing is learnt: no gradient stays and random states are as before. With model.gradient_checkpointing=auto, layers
-    recompute from the first stage on that does not fit into `room` bytes without, and keep their inputs on the host
-    from the first on that still does not. Raises OutOfMemory, with a size that fits into `room`, if a stage's own does
-    not fit on the card.
-    """
-    peaks: dict[str, int] = {}
-    savings = [False, True] if config.model.gradient_checkpointing == "auto" else []  # of `offload`
-    try:
-        for stage in _training_stages(config):
-            policy.train_mode(dropout=stage == "sft")
-            free = _free_bytes(policy.device)
-            worst = worst_layout(config, stage, max_context, shares=policy.shares_prompts)
-            found = peak_bytes(policy, worst, entropy=_entropy_learns(config, stage))
-            while savings and (found is None or found > room):
-                recompute_layers(policy.base, config.model.name, offload=savings.pop(0))
-                policy.train_mode(dropout=stage == "sft")
-                found = peak_bytes(policy, worst, entropy=_entropy_learns(config, stage))
-            if found is None:
-                raise OutOfMemory(_smaller(config, policy, stage, max_context, free=free, room=room))
-            peaks[stage] = found
-    finally:
-        policy.eval()
-    return peaks
-
-
-def peak_bytes(policy: Policy, layout: Layout, *, entropy: bool) -> int | None:
-    """Bytes above what is held now, at the peak of two micro-batches in a row; None if they are too many.
-
-    The second one runs beside the first one's gradients, as it does in a step. Every token that is computed, but each
-    sequence's first, is trained: prompts may be that short.
-    """
-    device = policy.device
-    on_card = device.type == "cuda"
-    if on_card:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device) if on_card else 0
-    try:
-        there = Layout.of(layout.lengths, device, shared=layout.shared)
-        ids = torch.arange(sum(layout.lengths), device=device) % policy.head_weight.shape[0]
-        firsts = torch.tensor(layout.shared, device=device)[there.sequence_ids].clamp(min=1)
-        batch = PackedBatch(token_ids=ids, layout=there, completion_mask=there.positions >= firsts)
-        with torch.random.fork_rng(devices=[device] if on_card else []):
-            for _ in range(2):
-                found = policy.logprobs(batch, temperature=1.0)
-                (found.logprobs.sum() + found.entropy.sum() if entropy else found.logprobs.sum()).backward()
-        return torch.cuda.max_memory_allocated(device) - held if on_card else 0
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        forget()
-        for weight in policy.trainable().values():
-            weight.grad = None
-
-
-def _smaller(config: Config, policy: Policy, stage: str, max_context: int, *, free: int, room: int) -> str:
-    """The line that names what was too large and what fits."""
-    key, longest = f"{stage}.tokens_per_micro_batch", longest_trained(config, stage, max_context)
-    asked = getattr(config, stage).tokens_per_micro_batch
-    was = f"{key}={asked} is out of memory ({free / GIB:.2f} GiB were free)"
-    tokens = sum(worst_lengths(config, stage, max_context))
-    while tokens > longest:
-        tokens = max(longest, tokens // 2)
-        cut = worst_layout(config, stage, max_context, shares=policy.shares_prompts, tokens=tokens)
-        found = peak_bytes(policy, cut, entropy=_entropy_learns(config, stage))
-        if found is not None and found <= room:
-            return f"{was}: set {key}={tokens}, which fits{_savings(config)}"
-    most = getattr(config, stage).max_completion_tokens
-    return (
-        f"{was}, and so is one sequence of {longest} tokens alone: lower {stage}.max_completion_tokens={most}, to "
-        f"{max(1, most // 2)} say, or data.max_prompt_tokens{_savings(config)}"
-    )
-
-
-def _training_stages(config: Config) -> list[str]:
-    return [stage for stage in ("sft", "grpo") if stage in config.stages]
-
-
-def _entropy_learns(config: Config, stage: str) -> bool:
-    return stage == "grpo" and config.grpo.entropy_coef > 0
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
-
-
 def _too_little(what: str, needed: int, plan: MemoryPlan, remedy: str) -> ModelError:
     return ModelError(
         f"{what} needs {_up(needed)} GiB of GPU memory, and the card has {_down(plan.total)} "
         f"({plan.taken / GIB:.2f} of them taken by CUDA and other programs): {remedy}"
     )
-
-
-def _savings(config: Config) -> str:
-    """What is not switched on already, to end a remedy with."""
-    found = [] if config.rollout.share_base else ["rollout.share_base=true"]
-    if config.model.gradient_checkpointing in (True, False):
-        further = "offload" if config.model.gradient_checkpointing else "true"
-        found.append(f"model.gradient_checkpointing={further}")
-    if config.model.lora and config.model.quantize == "none":
-        found.append("model.quantize=nf4")
-    return f", or set {' or '.join(found)}" if found else ""
 
 
 def _up(size: int) -> str:

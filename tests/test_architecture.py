@@ -23,7 +23,7 @@ LEVELS = """
     models
     checkpoint optimizer_state resume
     rollout update grpo sft evaluate
-    results summary report worst_batch memory
+    results summary report worst_batch peak memory
     assembly rescoring reward stages run pipeline evaluation chat export serve __main__
 """
 ORDER = LEVELS.split()

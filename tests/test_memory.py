@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from reasoner import memory
+from reasoner import peak
 from reasoner.compose import compose_conf
 from reasoner.config import Config, Lora, validate
 from reasoner.errors import ModelError, OutOfMemory
@@ -25,13 +25,12 @@ from reasoner.memory import (
     kv_token_bytes,
     longest_sampled,
     parts_before,
-    peak_bytes,
     plan_memory,
-    rehearse,
 )
 from reasoner.models import adapters
 from reasoner.models.attention import Layout
 from reasoner.models.policy import Policy, _recomputes
+from reasoner.peak import peak_bytes, rehearse
 from reasoner.worst_batch import worst_layout, worst_lengths
 from tests.models.tiny_models import lora_of, make_config, make_model, make_policy
 
@@ -409,16 +408,74 @@ def test_layers_recompute_only_where_the_worst_micro_batch_does_not_fit_without(
 
     def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int:
         assert all(part.training for part in policy.model.modules() if _recomputes(part))
-        return 1 if policy.offloads else 2 if policy.recomputes else sizes[own_tokens(layout)]
+        return 1 if policy.offloads else 2 if policy.recomputed else sizes[own_tokens(layout)]
 
-    monkeypatch.setattr(memory, "peak_bytes", measured)
+    monkeypatch.setattr(peak, "peak_bytes", measured)
     for room, sft, grpo in ((5, 3, 5), (4, 3, 2), (2, 2, 2), (1, 1, 1)):
         policy = small_card(64)
         assert rehearse(config, policy, max_context=128, room=room) == {"sft": sft, "grpo": grpo}
-        assert policy.recomputes is (room < 5) and policy.offloads is (room < 2)
+        assert policy.recomputed == (room < 5) and policy.offloads is (room < 2)
     fixed = replace(config, model=replace(config.model, gradient_checkpointing=False))
     policy = small_card(64)
-    assert rehearse(fixed, policy, max_context=128, room=2) == {"sft": 3, "grpo": 5} and not policy.recomputes
+    assert rehearse(fixed, policy, max_context=128, room=2) == {"sft": 3, "grpo": 5} and not policy.recomputed
+
+
+@pytest.mark.parametrize(
+    ("each", "room", "recomputed", "tried"),
+    [
+        (100, 2000, 0, [0]),  # 12 that keep take 1,300
+        (100, 1299, 2, [0, 11, 10, 2]),  # nine tenths of the room hold 10 of 12: 100 + 10 * 100
+        (100, 1000, 4, [0, 11, 10, 4]),
+        (100, 400, 10, [0, 11, 10]),  # 300: no more than two
+        (100, 330, 11, [0, 11, 10]),  # one, whatever the share
+        (0, 1000, 1, [0, 11, 10, 1]),  # the head hides what they take
+        (300, 770, 11, [0, 11, 10]),  # 700 of two is within the room, and not within nine tenths
+    ],
+)
+def test_as_many_layers_as_fit_keep_what_they_made(
+    each: int, room: int, recomputed: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """A layer that keeps takes `each`; without recomputation more than any room but the first row's."""
+    config = conf(*SHORT, "stages=[grpo]")
+    policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=12)
+    seen = []
+
+    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int:
+        assert all(part.training for part in policy.model.modules() if _recomputes(part))
+        seen.append(policy.recomputed)
+        return 100 + each * (12 - policy.recomputed) if policy.recomputed else 1300
+
+    monkeypatch.setattr(peak, "peak_bytes", measured)
+    peaks = rehearse(config, policy, max_context=128, room=room)
+    assert (policy.recomputed, seen) == (recomputed, tried) and not policy.offloads
+    assert peaks == {"grpo": 100 + each * (12 - recomputed) if recomputed else 1300}
+
+
+def test_where_keeping_more_layers_runs_out_half_as_many_are_tried(monkeypatch: pytest.MonkeyPatch):
+    """The first layers hide behind the loss head, so that two measures promise what a third one does not hold."""
+    config = conf(*SHORT, "stages=[grpo]")
+    policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=12)
+    seen = []
+
+    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int | None:
+        seen.append(kept := 12 - policy.recomputed)
+        return None if kept > 8 else max(500, 100 * kept)
+
+    monkeypatch.setattr(peak, "peak_bytes", measured)
+    assert rehearse(config, policy, max_context=128, room=1000) == {"grpo": 500}
+    assert seen == [12, 1, 2, 11, 5] and policy.recomputed == 7
+
+
+def test_layers_keep_what_the_stage_that_takes_most_leaves_them(monkeypatch: pytest.MonkeyPatch):
+    config = conf(*SHORT, "sft.tokens_per_micro_batch=50", "grpo.tokens_per_micro_batch=64", name="gsm8k_base")
+    policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=12)
+
+    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int:
+        return own_tokens(layout) * (12 - policy.recomputed)
+
+    monkeypatch.setattr(peak, "peak_bytes", measured)
+    assert rehearse(config, policy, max_context=128, room=500) == {"sft": 50 * 7, "grpo": 64 * 7}
+    assert policy.recomputed == 5
 
 
 def test_the_second_of_two_micro_batches_runs_beside_the_firsts_gradients():
@@ -505,8 +562,8 @@ def test_on_a_card_the_rehearsal_measures_and_leaves_no_trace(by_triton: bool, m
     assert all(weight.grad is None for weight in policy.trainable().values())
     hidden = 4096 * 256 * 2
     gradients = sum(weight.nbytes for weight in policy.trainable().values())
-    for peak in peaks.values():
-        assert hidden + gradients < peak < 60 * hidden + gradients + LOSS_HEAD[by_triton]
+    for found in peaks.values():
+        assert hidden + gradients < found < 60 * hidden + gradients + LOSS_HEAD[by_triton]
     peaks = [peak_bytes(policy, Layout.of([768] * count), entropy=False) for count in (5, 10)]
     assert None not in peaks and peaks[0] < peaks[1]
 

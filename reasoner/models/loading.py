@@ -143,13 +143,14 @@ def _recomputing(policy: Policy, model: config.Model) -> Policy:
     return policy
 
 
-def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False) -> None:
-    """Each layer keeps its input alone, with `offload` on the host, and runs again in the backward. Not so the last of
-    several: its backward is the first, so that it would make at once what it had let go.
+def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False, kept: int = 1) -> None:
+    """Each layer keeps its input alone, with `offload` on the host, and runs again in the backward. Not so the last
+    `kept`, or all but one, which keep all that they made: the last one's backward is the first, so that it would make
+    at once what it had let go.
 
     Raises ModelError where layers can't.
     """
-    layers: list[Any] = [part for part in base.modules() if isinstance(part, GradientCheckpointingLayer)]
+    layers: list[Any] = layers_of(base)
     if not layers:
         raise ModelError(f"{name} can't recompute its layers: set model.gradient_checkpointing=false")
     # transformers 5.24 deprecates the second name; 5.17 has no other.
@@ -161,12 +162,22 @@ def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False)
     # that would keep it on the device for the whole pass, and its gradient beside it.
     if hasattr(base, "_require_grads_hook"):
         base.disable_input_require_grads()
-    if len(layers) > 1:
+    while kept and len(layers) > 1:
         layers.pop().gradient_checkpointing = False
+        kept -= 1
     if offload:
         place = Offload(base.device)
         for layer in layers:
             layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, place)
+
+
+def layers_of(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """Those that may recompute, from the first to the last.
+
+    >>> len(layers_of(base))
+    28
+    """
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 def _check_head(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

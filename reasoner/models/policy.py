@@ -189,9 +189,9 @@ class Policy:
         ).last_hidden_state.squeeze(0)
 
     @property
-    def recomputes(self) -> bool:
-        """Whether layers keep their inputs alone and run again in the backward."""
-        return any(_recomputes(part) for part in self.model.modules())
+    def recomputed(self) -> int:
+        """How many layers keep their inputs alone and run again in the backward."""
+        return sum(_recomputes(part) for part in self.model.modules())
 
     @property
     def offloads(self) -> bool:

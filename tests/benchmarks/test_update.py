@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.random_model import random_policy
 from benchmarks.update import turns, work_of
@@ -13,6 +12,7 @@ from benchmarks.update_ours import Ours
 from benchmarks.update_rivals import Plain, fastest
 from benchmarks.update_work import Work
 from reasoner.config import Lora
+from reasoner.models.loading import layers_of
 from tests.models.tiny_models import make_batch
 
 
@@ -37,7 +37,7 @@ def test_layers_of_a_random_policy_recompute_as_those_of_a_run() -> None:
     policy.base.get_input_embeddings().register_forward_hook(lambda _, __, out: needed.append(out.requires_grad))
     policy.train_mode(dropout=True)
     policy.logprobs(make_batch(), temperature=1.0)
-    first, last = (part for part in policy.base.modules() if isinstance(part, GradientCheckpointingLayer))
+    first, last = layers_of(policy.base)
     recomputing: Any = first._gradient_checkpointing_func
     assert needed == [False] and first.gradient_checkpointing and not last.gradient_checkpointing
     assert recomputing.keywords["preserve_rng_state"]
@@ -54,8 +54,8 @@ def test_all_trainers_have_the_same_loss_before_they_learn(tmp_path: Path) -> No
     plain.optimizer = torch.optim.AdamW(plain.parameters, lr=0.0)
     assert ours.facts["loss"] == pytest.approx(first, abs=3e-3)
     keeping.run(0, 1)
-    assert keeping.name.endswith("nothing recomputed, 160 tokens a micro-batch")
-    assert keeping.facts["micro_batch"] == "160 tokens" and keeping.facts["loss"] < ours.facts["loss"]  # a step later
+    assert keeping.name.endswith("nothing recomputed, 320 tokens a micro-batch")
+    assert keeping.facts["micro_batch"] == "320 tokens" and keeping.facts["loss"] < ours.facts["loss"]  # a step later
     padded.run(0, 1)
     packed.run(0, 1)
     assert padded.facts["loss"] == pytest.approx(packed.facts["loss"], abs=3e-3)

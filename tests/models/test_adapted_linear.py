@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from reasoner import config
-from reasoner.memory import peak_bytes
 from reasoner.models import adapted_linear, adapters, base_model
 from reasoner.models.adapted_linear import AdaptedLinear, Frozen, adapted
 from reasoner.models.attention import Layout
 from reasoner.models.families import family_of
 from reasoner.models.loading import recompute_layers
 from reasoner.models.policy import Policy
+from reasoner.peak import peak_bytes
 from tests.models.tiny_models import TARGETS, fill_b, gradients, lora_of, make_batch, make_model, make_policy
 
 LORA = config.Lora(r=4, alpha=12)

@@ -94,10 +94,27 @@ def test_what_is_dropped_is_dropped_again_and_random_states_are_kept_for_what_ma
     assert bool(states) == keeps
 
 
+@pytest.mark.parametrize(("kept", "again"), [(0, [2, 1, 0]), (1, [1, 0]), (2, [0]), (9, [0])])
+def test_the_last_layers_keep_what_they_made_and_gradients_are_the_same(kept: int, again: list[int]) -> None:
+    policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=3)
+    seen: list[int] = []
+    for number, layer in enumerate(policy.base.get_decoder().layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
+    whole = gradients(policy, policy.logprobs(make_batch(), temperature=1.0).logprobs.sum())
+    for before in (1, 3):  # whatever was set before
+        recompute_layers(policy.base, "tiny", kept=before)
+        recompute_layers(policy.base, "tiny", kept=kept)
+        policy.train_mode(dropout=False)
+        seen.clear()
+        found = gradients(policy, policy.logprobs(make_batch(), temperature=1.0).logprobs.sum())
+        assert seen == [0, 1, 2, *again] and policy.recomputed == len(again)
+        assert all(torch.equal(gradient, whole[name]) for name, gradient in found.items())
+
+
 def test_a_layer_that_is_the_only_one_recomputes() -> None:
     policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=1)
     recompute_layers(policy.base, "tiny", offload=True)
-    assert policy.recomputes and policy.offloads
+    assert policy.recomputed and policy.offloads
 
 
 @pytest.mark.parametrize("keep", [True, "offload"])
@@ -110,7 +127,7 @@ def test_a_model_loaded_so_recomputes_and_its_embedding_gets_no_gradient(
     loaded = load(model)
     loaded.save(tmp_path, load_tokenizer(model))
     for policy in (loaded, load_saved(tmp_path, model, load_tokenizer(model), device="cpu")):
-        assert policy.recomputes and not policy.offloads
+        assert policy.recomputed and not policy.offloads
         needed: list[bool] = []
         policy.base.get_input_embeddings().register_forward_hook(
             lambda _, __, out, needed=needed: needed.append(out.requires_grad)
