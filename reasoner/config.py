@@ -192,7 +192,7 @@ class Rollout:
     engine: Literal["auto", "vllm", "hf"] = "auto"  # auto: vllm where CUDA and vLLM are there, else hf; it says which
     temperature: PositiveFloat = 1.0
     max_sequences: PositiveInt = 256  # sampled at once
-    max_batched_tokens: PositiveInt = 4096  # vllm: tokens in one step of the engine
+    max_batched_tokens: PositiveInt = 8192  # vllm: tokens in one step of the engine
     kv_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # vllm: its cache; none: what is left
     keep_free_gib: NonNegative = 0.5  # vllm: of the GPU, left to the desktop and other programs
     # vllm: hold an NF4 base in 16 bits too while sampling, which is faster; auto: where the cache stays whole beside it

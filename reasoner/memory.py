@@ -17,7 +17,7 @@ from reasoner.errors import ModelError
 from reasoner.models.policy import Policy
 from reasoner.peak import GIB, rehearse, savings, training_stages
 
-ENGINE = GIB * 7 // 10  # of vLLM beside its cache: CUDA graphs, input buffers, slack; 0.65 was seen at 1.5B
+ENGINE = GIB // 2  # of vLLM beside its cache: CUDA graphs, input buffers, slack; 0.41 was seen at 1.5B
 CACHE_SLACK = 1.05  # blocks that are filled in part
 # Bytes a trained weight.
 STATES, STATES_8BIT = 8, 2  # of optimizer state: two float32 moments; of bitsandbytes' 8-bit classes
@@ -29,7 +29,7 @@ class Held:
     """What the loaded policy holds, in bytes, and what its shape says of the rest.
 
     >>> Held(base=1_203_000_000, second_base=0, in_16_bits=2_620_000_000, masters=73_859_072, below=0,
-    ...      num_trained=18_464_768, kv_token=28_672, score_row=607_744)
+    ...      num_trained=18_464_768, kv_token=28_672, score_row=607_744, prompt_token=66_048)
     """
 
     base: int  # frozen weights
@@ -40,6 +40,7 @@ class Held:
     num_trained: int
     kv_token: int  # the engine's cache of one token
     score_row: int  # the head's float32 scores of one token
+    prompt_token: int  # what the engine's widest layer makes of one token
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class MemoryPlan:
     training: int  # the worst micro-batch and its gradients; gone while sampling
     dequantized: int  # the NF4 base in 16 bits (rollout.dequantize); given back while training
     scores: int  # the head's, of a token of every sequence that is sampled at once; given back while training
+    prompts: int  # what a step makes that reads prompts; gone while training
     kv_bytes: int  # the engine's cache; given back while training
     kv_token: int  # of it, one token
     longest: int  # tokens of prompt and completion in the longest sequence that is sampled
@@ -78,7 +80,7 @@ class MemoryPlan:
     @property
     def while_sampling(self) -> int:
         """Together, without activations and gradients."""
-        return self.always + self.dequantized + self.scores + self.kv_bytes
+        return self.always + self.dequantized + self.scores + self.prompts + self.kv_bytes
 
     @property
     def _layers(self) -> str:
@@ -88,7 +90,9 @@ class MemoryPlan:
     def parts_gib(self) -> dict[str, float]:
         """The parts and both sums in GiB, for summary.json."""
         names = ("total", "taken", "base", "second_base", "adapter", "optimizer", "engine", "keep_free", "training")
-        sizes = {name: getattr(self, name) for name in (*names, "dequantized", "scores")} | {"kv": self.kv_bytes}
+        sizes = {name: getattr(self, name) for name in (*names, "dequantized", "scores", "prompts")} | {
+            "kv": self.kv_bytes
+        }
         sizes |= {"while_training": self.while_training, "while_sampling": self.while_sampling}
         return {name: round(size / GIB, 3) for name, size in sizes.items()}
 
@@ -104,6 +108,7 @@ class MemoryPlan:
             (f"worst micro-batch{self._layers}", self.training, 0),
             ("base in 16 bits (rollout.dequantize)", 0, self.dequantized),
             ("scores of rollout.max_sequences tokens", 0, self.scores),
+            ("reading rollout.max_batched_tokens of prompts", 0, self.prompts),
             ("the engine's cache", 0, self.kv_bytes),
             ("kept free (rollout.keep_free_gib)", self.keep_free, self.keep_free),
             (f"together, of {self.total / GIB:.2f}", self.while_training, self.while_sampling),
@@ -152,6 +157,7 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
         num_trained=sum(weight.numel() for weight in trained),
         kv_token=kv_token_bytes(policy.base.config.get_text_config()),
         score_row=FLOAT32 * policy.head_weight.shape[0],
+        prompt_token=prompt_token_bytes(policy.base.config.get_text_config()),
     )
 
 
@@ -169,6 +175,13 @@ def kv_token_bytes(hf_config: Any) -> int:
     kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads
     return 2 * hf_config.num_hidden_layers * kv_heads * head_dim * BFLOAT16
+
+
+def prompt_token_bytes(hf_config: Any) -> int:
+    """What one token takes in an MLP, bfloat16: gate, up and their product, and four times the model's width for what
+    came before. The engine frees each layer's before the next one's."""
+    width = hf_config.hidden_size
+    return BFLOAT16 * (3 * (getattr(hf_config, "intermediate_size", None) or 4 * width) + 4 * width)
 
 
 def parts_before(config: Config, held: Held, *, total: int, free: int, max_context: int) -> MemoryPlan:
@@ -197,6 +210,10 @@ def parts_before(config: Config, held: Held, *, total: int, free: int, max_conte
         training=0,
         dequantized=held.in_16_bits if config.rollout.dequantize is not False else 0,
         scores=config.rollout.max_sequences * held.score_row,
+        # Whoever read a prompt is given a token by vLLM's own sampler, which takes two further copies of the scores.
+        prompts=max(
+            config.rollout.max_batched_tokens * held.prompt_token, 2 * config.rollout.max_sequences * held.score_row
+        ),
         kv_bytes=0,
         kv_token=held.kv_token,
         longest=longest_sampled(config, max_context),
@@ -221,10 +238,10 @@ def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> Memo
             f"lower that, rollout.keep_free_gib or model.lora.r{savings(config)}",
         )
     one = math.ceil(plan.longest * plan.kv_token * CACHE_SLACK)
-    left = plan.total - plan.always - plan.scores
+    left = plan.total - plan.always - plan.scores - plan.prompts
     shorter = f"lower grpo.max_completion_tokens, data.max_prompt_tokens or rollout.keep_free_gib{savings(config)}"
     if left < one:
-        needed = plan.always + plan.scores + one
+        needed = plan.total - left + one
         raise _too_little(f"sampling one sequence of {plan.longest} tokens", needed, plan, shorter)
     asked = config.rollout.kv_gib
     wanted = config.rollout.max_sequences * one if asked is None else int(asked * GIB)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reasoner.rollout import vllm_decode_triton as card
 from reasoner.rollout.vllm_bursts import Drawn
-from reasoner.rollout.vllm_weights import Scores
+from reasoner.rollout.vllm_weights import PlainState, Scores
 
 ON_CARD = {"FLASH_ATTN", "TRITON_ATTN"}  # vLLM's attention whose preparation is kernels alone, so that a graph holds it
 
@@ -35,7 +35,7 @@ def decode_graphs(worker: Any, scores: Scores, most: int) -> "DecodeGraphs | Non
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     runner = worker.model_runner
-    plain = type(runner.model_state) is DefaultModelState and runner.model_state.rope_state is None
+    plain = type(runner.model_state) in (DefaultModelState, PlainState) and runner.model_state.rope_state is None
     captured = CUDAGraphMode.FULL in runner.cudagraph_manager._capture_descs
     on_card = {group.backend.get_name() for groups in runner.attn_groups for group in groups} <= ON_CARD
     more = runner.speculator is not None or runner.lora_config is not None or runner.supports_mm_inputs

@@ -11,6 +11,7 @@ images.
 
 import gc
 import itertools
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -260,7 +261,7 @@ class VllmEngine:
             torch.set_num_threads(threads)
 
     def _completion(self, sampled: Sampled, policy_step: int) -> Completion:
-        if not all(logprob > float("-inf") for logprob in sampled.logprobs):
+        if not math.isfinite(sum(sampled.logprobs)):
             raise _diverged(policy_step)
         return completed(
             tuple(sampled.token_ids),

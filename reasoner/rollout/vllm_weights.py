@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.utils import initialize_model, process_wei
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from reasoner.models import nf4
 from reasoner.models.base_model import EmptyOnMeta
@@ -233,6 +234,16 @@ def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter, scores:
             return PlainMethod(part) if state is None else Nf4Method(part, state)
 
 
+class PlainState(DefaultModelState):
+    """vLLM's own state of a model, whose sampler counts no tokens for penalties. Nobody asks for any here, and the
+    counts, int32 [sequences, vocabulary], would be as large as the scores and be copied to the host at every sleep."""
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        """vLLM's name for the place where a model may change the sampler that was made for it; it stays the same."""
+        sampler.penalties_state.output_bin_counts = sampler.penalties_state.prompt_bin_mask = None
+        return super().custom_sampler(sampler)
+
+
 def _register_loader(weights: BaseWeights, built: Built, dequantize: bool) -> None:
     @register_model_loader(LOAD_FORMAT)
     class Loader(BaseModelLoader):  # pyright: ignore[reportUnusedClass]
@@ -259,6 +270,8 @@ def _register_loader(weights: BaseWeights, built: Built, dequantize: bool) -> No
             heads = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
             size = vllm_config.scheduler_config.max_num_seqs, max(cast(Tensor, head.weight).shape[0] for head in heads)
             built.scores.buffer = _beside_the_cache(size[0] * size[1], torch.float32).view(size)
+            if not hasattr(model, "get_model_state_cls"):
+                model.get_model_state_cls = lambda: PlainState  # pyright: ignore[reportAttributeAccessIssue]
             return model.eval()
 
 

@@ -94,6 +94,7 @@ def imported(patch: pytest.MonkeyPatch) -> tuple[Any, Registry]:
         "model_executor.models": {"ModelRegistry": SimpleNamespace(models={})},
         "model_executor.utils": {"set_weight_attrs": lambda weight, attributes: None},
         "utils.torch_utils": {"set_default_torch_dtype": None},
+        "v1.worker.gpu.model_states.default": {"DefaultModelState": empty("DefaultModelState")},
     }
     for path, values in inside.items():
         parts = path.split(".")
