@@ -1,4 +1,7 @@
-"""The fullest micro-batch, and the rehearsal before step 1: what it measures and leaves behind on the CPU, and on a card under the gpu marker."""
+"""The fullest micro-batch, and the rehearsal before step 1: what it measures and leaves behind.
+
+On the CPU, and on a card under the gpu marker.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
