@@ -2,16 +2,17 @@
 
 x A^T B^T is added inside the layer's own product, so vLLM's LoRA slots, request names and private manager are not
 needed, any rank will do, and no atomic sums make two runs differ. A's of a fused projection are one buffer and one
-matmul, none where they lie below the base's matrix; its B's are one launch. Left out: several adapters at once.
+matmul, none where they lie below the base's matrix; its B's are one launch, which makes the gated product of an MLP's
+gate and up too. Left out: several adapters at once.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
 
 from reasoner.errors import ModelError
 from reasoner.models.adapters import place_of
@@ -24,39 +25,52 @@ class AdapterPart:
 
     a: Tensor  # [S r, K]
     b: Tensor  # [O, r], one part's rows below another's; of outputs without an adapter, zeros
-    bounds: Tensor  # int32 [S, 2], on the device: the outputs that each part begins and ends with
+    bounds: tuple[tuple[int, int], ...]  # the outputs that each of the S begins and ends with
     scaling: float
     # [O + S r or more, K]: the trainer's matrix of this layer and below it, as some of its rows, `a`. None: apart.
     matrix: Tensor | None = None
+    # Set: the outputs are a gate and an up projection's, and the layer gives act(gate) * up, [.., O / 2].
+    activation: Literal["silu", "gelu_tanh"] | None = None
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """out [.., O] += scaling * x A^T B^T, in place; x [.., K]."""
+        """The layer's output from `out` [.., O], the base's and its bias, which may be written over; x [.., K]."""
         flat = out.view(-1, out.shape[-1])
-        self._join(flat, flat, linear(x, self.a).flatten(0, -2), None)
-        return out
+        joined = self._join(flat, linear(x, self.a).flatten(0, -2), None, over=True)
+        return joined.view(*out.shape[:-1], joined.shape[-1])
 
     def joined(self, both: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output [N, O], from x [W; A]^T: `both` [N, O + S r or more], whose last columns are x A^T."""
+        """The same from x [W; A]^T: `both` [N, O + S r or more], whose last columns are x A^T. [N, O]; no tensor of
+        the caller's changes."""
         outputs = self.b.shape[0]
-        out = both.new_empty(both.shape[0], outputs)
-        self._join(out, both[:, :outputs], both[:, outputs:], bias)
-        return out
+        return self._join(both[:, :outputs], both[:, outputs:], bias, over=False)
 
-    def _join(self, out: Tensor, base: Tensor, low: Tensor, bias: Tensor | None) -> None:
-        """out [N, O] = base + bias + scaling * low B^T; low [N, S r or more]."""
-        if out.is_cuda:
+    def _join(self, base: Tensor, low: Tensor, bias: Tensor | None, *, over: bool) -> Tensor:
+        """base + bias + scaling * low B^T, gated where that is asked; low [N, S r or more]. `over`: may be in base."""
+        given = self.b, self.bounds, bias, self.scaling
+        width = base.shape[1] // (1 if self.activation is None else 2)
+        out = base if over and self.activation is None else base.new_empty(len(base), width)
+        if not out.is_cuda:
+            self._join_torch(out, base, low, bias)
+        elif self.activation is None:
             from reasoner.rollout.vllm_adapter_triton import join
 
-            join(out, base, low, self.b, self.bounds, bias, self.scaling)
-            return
-        if out is not base:
-            out.copy_(base)
-        if bias is not None:
-            out += bias
+            join(out, base, low, *given)
+        else:
+            from reasoner.rollout.vllm_adapter_triton import join_gated
+
+            join_gated(out, base, low, *given, tanh=self.activation == "gelu_tanh")
+        return out
+
+    def _join_torch(self, out: Tensor, base: Tensor, low: Tensor, bias: Tensor | None) -> None:
+        total = base.clone() if bias is None else base + bias
         rank = self.b.shape[1]
-        for i, (begin, end) in enumerate(self.bounds.tolist()):
+        for i, (begin, end) in enumerate(self.bounds):
             ranks = low[:, i * rank : (i + 1) * rank]
-            out[:, begin:end].addmm_(ranks, self.b[begin:end].t(), alpha=self.scaling)
+            total[:, begin:end].addmm_(ranks, self.b[begin:end].t(), alpha=self.scaling)
+        if self.activation is not None:
+            gate, up = total.float().chunk(2, -1)
+            total = (silu(gate) if self.activation == "silu" else gelu(gate, approximate="tanh")) * up
+        out.copy_(total)
 
 
 class EngineAdapter:
@@ -110,7 +124,7 @@ class EngineAdapter:
             bounds.append((begin, begin + rows[module]))
             self._targets[names[module, "A"]] = a[i * rank : (i + 1) * rank]
             self._targets[names[module, "B"]] = b[slice(*bounds[-1])]
-        return AdapterPart(a, b, torch.tensor(bounds, dtype=torch.int32, device=a.device), self.scaling, matrix)
+        return AdapterPart(a, b, tuple(bounds), self.scaling, matrix)
 
     @property
     def nbytes(self) -> int:

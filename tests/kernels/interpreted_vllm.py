@@ -7,18 +7,26 @@ scores that are not numbers.
 
 import pytest
 import torch
+from torch.nn.functional import gelu, silu
 from triton import knobs
 
+from reasoner.kernels.elementwise_triton import gated_product
 from reasoner.rollout import vllm_decode_triton as card
-from reasoner.rollout.vllm_adapter_triton import join
+from reasoner.rollout.vllm_adapter_triton import join, join_gated
 
 assert knobs.runtime.interpret, "set TRITON_INTERPRET=1 before this process starts"
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 33, 130])
+@pytest.mark.parametrize("num_rows", [1, 5, 33, 300])
 @pytest.mark.parametrize(
     ("parts", "rank"),
-    [([(0, 70)], 4), ([(0, 30), (30, 45), (45, 130)], 32), ([(16, 80)], 5), ([(0, 60), (60, 133)], 300)],
+    [
+        ([(0, 70)], 4),
+        ([(0, 30), (30, 45), (45, 130)], 32),
+        ([(0, 64), (70, 133)], 16),
+        ([(16, 80)], 5),
+        ([(0, 60), (60, 133)], 300),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("below", [False, True], ids=["in place", "beside"])
@@ -33,15 +41,71 @@ def test_parts_of_an_adapter_are_added_where_they_belong(num_rows, parts, rank, 
     expected = x @ w.T + (0 if bias is None else bias)
     for i, (begin, end) in enumerate(parts):
         expected[:, begin:end] += 0.5 * (x @ a[i * rank : (i + 1) * rank].T) @ b[begin:end].T
-    bounds = torch.tensor(parts, dtype=torch.int32)
     if below:
         both = torch.cat([x @ w.T, x @ a.T, torch.full((num_rows, 3), 9.0)], 1)
-        out = torch.empty(num_rows, outputs)
-        join(out, both[:, :outputs], both[:, outputs:], b, bounds, bias, 0.5)
+        out = torch.full((num_rows, outputs), 7.0)
+        join(out, both[:, :outputs], both[:, outputs:], b, parts, bias, 0.5)
     else:
         out = x @ w.T
-        join(out, out, x @ a.T, b, bounds, None, 0.5)
+        join(out, out, x @ a.T, b, parts, None, 0.5)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+WIDTH = 45  # of gate and of up
+HALVES = [[(0, WIDTH), (WIDTH, 2 * WIDTH)], [(0, WIDTH)], [(WIDTH, 2 * WIDTH)], [(0, 2 * WIDTH)]]
+
+
+def low_and_b(num_rows: int, parts: list[tuple[int, int]], rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Small whole numbers, and eighths of them: their sums are exact in any order."""
+    draws = torch.Generator().manual_seed(0)
+    low = torch.randint(-2, 3, (num_rows, len(parts) * rank), generator=draws)
+    b = torch.zeros(2 * WIDTH, rank)
+    for begin, end in parts:
+        b[begin:end] = torch.randint(-2, 3, (end - begin, rank), generator=draws) / (8 if rank < 100 else 64)
+    return low.to(dtype), b.to(dtype)
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 70])
+@pytest.mark.parametrize("parts", HALVES, ids=["both", "gate", "up", "one of both"])
+@pytest.mark.parametrize(("rank", "tanh"), [(5, False), (32, True), (300, False)], ids=["5", "32, tanh", "300"])
+def test_of_gate_and_up_comes_their_gated_product(num_rows, parts, rank, tanh):
+    low, b = low_and_b(num_rows, parts, rank, torch.float32)
+    draws = torch.Generator().manual_seed(1)
+    base, bias = (torch.randn(*size, generator=draws) for size in ((num_rows, 2 * WIDTH), (2 * WIDTH,)))
+    for beside in (None, bias):
+        gate_up = base.clone() if beside is None else base + beside
+        for i, (begin, end) in enumerate(parts):
+            gate_up[:, begin:end] += 0.5 * low[:, i * rank : (i + 1) * rank] @ b[begin:end].T
+        gate, up = gate_up.chunk(2, 1)
+        expected = (gelu(gate, approximate="tanh") if tanh else silu(gate)) * up
+        both = torch.cat([base, low, torch.full((num_rows, 3), 9.0)], 1)
+        kept = both.clone()
+        out = torch.full((num_rows, WIDTH), 7.0)
+        join_gated(out, both[:, : 2 * WIDTH], both[:, 2 * WIDTH :], b, parts, beside, 0.5, tanh=tanh)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(both, kept)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("num_rows", [16, 64, 130])
+def test_its_bits_are_those_of_the_trainers_activation_over_both_in_16_bits(num_rows, tanh):
+    low, b = low_and_b(num_rows, HALVES[0], 32, torch.float16)
+    base = (torch.randint(-2000, 2000, (num_rows, 2 * WIDTH), generator=torch.Generator().manual_seed(1)) / 1024).half()
+    given = base, low, b, HALVES[0], None, 0.5
+    gate_up, out = torch.empty_like(base), base.new_empty(num_rows, WIDTH)
+    join(gate_up, *given)
+    join_gated(out, *given, tanh=tanh)
+    assert torch.equal(out, gated_product(gate_up, None, tanh=tanh))
+    exact = torch.empty(base.shape)
+    join(exact, *(one.float() for one in given[:3]), *given[3:])
+    once = gated_product(exact, None, tanh=tanh).half()  # rounded at the end alone
+    assert (out != once).float().mean() > 0.03
+
+
+def test_a_part_that_ends_within_a_half_is_our_own_mistake():
+    low, b = low_and_b(3, [(0, 30)], 4, torch.float32)
+    with pytest.raises(AssertionError):
+        join_gated(torch.empty(3, WIDTH), torch.zeros(3, 2 * WIDTH), low, b, [(0, 30)], None, 0.5, tanh=False)
 
 
 class Step:

@@ -1,6 +1,9 @@
 """The engine's copy of the adapter, on the CPU: every projection arrives where it belongs, scaled once, and the
 trainer's tensors stay as they are. Rows are PITFALLS.md D1, D2 and D6."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,8 +18,8 @@ LAYER = "model.layers.1"
 PARENT = {leaf: "self_attn" if leaf[0] in "qkvo" else "mlp" for leaf in TARGETS}
 
 
-def adapted(targets=TARGETS, r: int = 3, **how):
-    policy = make_policy("qwen2", lora=config.Lora(r=r, alpha=6, targets=targets, **how))
+def adapted(targets=TARGETS, r: int = 3, family: str = "qwen2", **how):
+    policy = make_policy(family, lora=config.Lora(r=r, alpha=6, targets=targets, **how))
     generator = torch.Generator().manual_seed(7)
     for weight in policy.trainable().values():
         weight.data.normal_(generator=generator)
@@ -65,6 +68,26 @@ def test_d6_a_layer_adds_what_peft_adds(leaf: str, targets, rslora: bool) -> Non
     x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
     expected = truth(policy, leaf, x)
     torch.testing.assert_close(added(adapter, leaf, x, expected.shape[-1]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "activation"), [("qwen2", "silu"), ("gemma2", "gelu_tanh")])
+@pytest.mark.parametrize("targets", [("gate_proj", "up_proj"), ("gate_proj",), ("up_proj",)], ids=str)
+def test_a_layer_over_gate_and_up_gives_the_product_that_the_trainers_mlp_makes(family, activation, targets) -> None:
+    policy = adapted(targets, family=family)
+    part = copy_of(policy).part(modules_of("up_proj"))
+    mlp: Any = policy.base.get_submodule(f"{LAYER}.mlp")
+    assert part is not None
+    part = replace(part, activation=activation)
+    x = torch.randn(2, 5, part.a.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        with policy.model.disable_adapter():
+            base = torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], -1)
+        apart = part.add_to(base.clone(), x)
+        below = part.joined(torch.cat([base - 1, x @ part.a.T, base], -1).flatten(0, 1), torch.ones(base.shape[-1]))
+    assert apart.shape == expected.shape and expected.abs().max() > 1
+    torch.testing.assert_close(apart, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(below, expected.flatten(0, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("leaf", TARGETS)

@@ -64,6 +64,13 @@ def gaps(policy: Policy, prompts: Sequence[Prompt], completions: Sequence[Sequen
     return torch.stack(rows)
 
 
+def activations(engine) -> set[tuple[type, str | None]]:
+    """What stands for the activation in the MLPs of vLLM's module, and what its gate and up make of their output."""
+    model = engine._core.model_executor.driver_worker.worker.get_model()
+    mlps = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+    return {(type(mlp.act_fn), mlp.gate_up_proj.quant_method.part.activation) for mlp in mlps}
+
+
 # The family, whether its base is NF4, and whether a 16-bit base has the adapter's A's as rows below it.
 CASES = [(family, True, True) for family in FAMILIES]
 CASES += [("llama", False, True), ("qwen2", False, True), ("phi3", False, True), ("gemma3_text", False, True)]
@@ -83,6 +90,7 @@ def test_one_base_two_readers(family: str, nf4: bool, rows: bool, engines: list)
     assert (engine.built.dequantized is not None) == (nf4 and family != "llama")
     parts = list(engine.adapter._parts.values())
     assert {part.matrix is not None for part in parts} == {rows and not nf4}
+    assert activations(engine) == {(torch.nn.Identity, "gelu_tanh" if family.startswith("gemma") else "silu")}
     assert engine.built.peak < 48 << 20, (engine.built, allocated)
     prompts = prompts_of()
     old = None

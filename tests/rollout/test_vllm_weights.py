@@ -16,7 +16,7 @@ from reasoner.models.policy import Policy
 from reasoner.rollout.vllm_adapter import EngineAdapter
 from tests.models.tiny_models import TARGETS, fill_b, make_model
 from tests.rollout import vllm_stand_in
-from tests.rollout.vllm_stand_in import PACKED, LinearBase
+from tests.rollout.vllm_stand_in import MLP, PACKED, GeluAndMul, LinearBase, SiluAndMul
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # rows that NF4's blocks fit
 PARENTS = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
@@ -66,7 +66,7 @@ class Engine(nn.Module):
         self.model.layers = nn.ModuleList()
         for i, layer in enumerate(policy.base.model.layers):
             block: Any = nn.Module()
-            block.self_attn, block.mlp = nn.Module(), nn.Module()
+            block.self_attn, block.mlp = nn.Module(), MLP(SiluAndMul())
             for leaf, parent in PARENTS.items():
                 parts = [layer.get_submodule(f"{parent}.{part}") for part in PACKED.get(leaf, [leaf])]
                 outputs, width = [part.out_features for part in parts], parts[0].in_features
@@ -121,6 +121,65 @@ def test_every_layer_gives_what_the_trainers_gives_after_each_of_three_hand_over
     for part in together:
         assert part.matrix is not None and part.a.any()
         assert not part.matrix[len(part.b) + len(part.a) :].any()  # padding
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
+@pytest.mark.parametrize("rows", [True, False], ids=["below", "apart"])
+@pytest.mark.parametrize("targets", [TARGETS, ("gate_proj", "down_proj"), ("up_proj",)], ids=str)
+def test_the_product_of_gate_and_up_comes_from_the_layer_that_adds_their_adapter(
+    vllm: tuple[Any, Any], targets: tuple[str, ...], rows: bool, nf4: bool
+) -> None:
+    policy = make_policy(config.Lora(r=3, alpha=6, targets=targets), rows=rows, nf4=nf4)
+    change(policy, 0)
+    engine = Engine(vllm, policy)
+    x = inputs(policy, "gate_up_proj")
+    mlps = [[model.get_submodule(f"model.layers.{i}.mlp") for i in (0, 1)] for model in (policy.base, engine)]
+    with torch.no_grad():
+        trained, before = (torch.stack([mlp(x) for mlp in several]) for several in mlps)
+        vllm[0].join_activations(engine)
+        after = torch.stack([mlp(x) for mlp in mlps[1]])
+    assert all(type(mlp.act_fn) is nn.Identity for mlp in mlps[1])
+    assert {mlp.gate_up_proj(x).shape[-1] for mlp in mlps[1]} == {SIZES["intermediate_size"]}
+    close = {"rtol": 0.02, "atol": 0.02 * float(trained.abs().max())} if nf4 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(before, trained, **close)
+    torch.testing.assert_close(after, trained, **close)
+
+
+class Clamped(SiluAndMul):
+    """Another activation, that is also one of the class."""
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (SiluAndMul(), "silu"),
+        (GeluAndMul(approximate="tanh"), "gelu_tanh"),
+        (GeluAndMul(), None),
+        (Clamped(), None),
+        (nn.SiLU(), None),
+        (None, None),
+    ],
+    ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else str(case),
+)
+def test_an_activation_that_is_not_known_to_the_letter_stays(
+    vllm: tuple[Any, Any], made: nn.Module | None, name: str | None
+) -> None:
+    policy = make_policy(config.Lora(r=3, alpha=6, targets=TARGETS))
+    engine: Any = Engine(vllm, policy)
+    for layer in engine.model.layers:
+        layer.mlp.act_fn = made  # one for all layers, as vLLM has it where it looks activations up
+    vllm[0].join_activations(engine)
+    for layer in engine.model.layers:
+        assert layer.mlp.gate_up_proj.quant_method.part.activation == name
+        assert type(layer.mlp.act_fn) is (type(made) if name is None else nn.Identity)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["plain", "nf4"])
+def test_the_activation_over_an_mlp_without_an_adapter_is_vllms(vllm: tuple[Any, Any], nf4: bool) -> None:
+    policy = make_policy(config.Lora(r=3, alpha=6, targets=("q_proj", "down_proj")), nf4=nf4)
+    engine: Any = Engine(vllm, policy)
+    vllm[0].join_activations(engine)
+    assert {type(layer.mlp.act_fn) for layer in engine.model.layers} == {SiluAndMul}
 
 
 def test_with_the_rows_below_a_layer_makes_one_product(vllm: tuple[Any, Any]) -> None:

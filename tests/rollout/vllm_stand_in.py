@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
 
 WEIGHTS = "reasoner.rollout.vllm_weights"
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -54,6 +54,36 @@ class LinearBase(nn.Module):
         return self.quant_method.apply(self, x, self.bias)
 
 
+class SiluAndMul(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return silu(gate) * up
+
+
+class GeluAndMul(nn.Module):
+    def __init__(self, approximate: str = "none"):
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return gelu(gate, approximate=self.approximate) * up
+
+
+class MLP(nn.Module):
+    """What vLLM's families make of these names."""
+
+    gate_up_proj: LinearBase
+    down_proj: LinearBase
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.act_fn = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(x)))
+
+
 class Registry:
     """What a decorator of vLLM's was last given, by name."""
 
@@ -77,6 +107,7 @@ def imported(patch: pytest.MonkeyPatch) -> tuple[Any, Registry]:
 
     inside: dict[str, dict[str, Any]] = {
         "device_allocator.cumem": {"CuMemAllocator": empty("CuMemAllocator")},
+        "model_executor.layers.activation": {"GeluAndMul": GeluAndMul, "SiluAndMul": SiluAndMul},
         "model_executor.layers.linear": {
             "LinearBase": LinearBase,
             "LinearMethodBase": LinearMethodBase,
