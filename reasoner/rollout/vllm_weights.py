@@ -235,13 +235,28 @@ def _register_methods(states: Mapping[str, Any], adapter: EngineAdapter, scores:
             return PlainMethod(part) if state is None else Nf4Method(part, state)
 
 
+class NoPenalties:
+    """In the place of vLLM's penalties of a sampler, which nobody asks for here: their counts, int32 [sequences,
+    vocabulary], would be as large as the scores, and be copied to the host at every sleep. vLLM warms up with some."""
+
+    output_bin_counts = None
+
+    def add_request(self, *_: Any) -> None:
+        """A request has none."""
+
+    def apply_staged_writes(self) -> None:
+        """There are none."""
+
+    def apply_penalties(self, *_: Any) -> None:
+        """The scores stay as they are."""
+
+
 class PlainState(DefaultModelState):
-    """vLLM's own state of a model, whose sampler counts no tokens for penalties. Nobody asks for any here, and the
-    counts, int32 [sequences, vocabulary], would be as large as the scores and be copied to the host at every sleep."""
+    """vLLM's own state of a model, for a sampler without penalties."""
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
-        """vLLM's name for the place where a model may change the sampler that was made for it; it stays the same."""
-        sampler.penalties_state.output_bin_counts = sampler.penalties_state.prompt_bin_mask = None
+        """vLLM's name for the place where a model may change the sampler that was made for it."""
+        sampler.penalties_state = NoPenalties()
         return super().custom_sampler(sampler)
 
 

@@ -273,7 +273,7 @@ def test_it_sleeps_while_a_program_beside_it_takes_memory(engines: list, monkeyp
     engine = start(policy)
     engines.append(engine)
     runner = engine._core.model_executor.driver_worker.worker.model_runner
-    assert runner.sampler.penalties_state.output_bin_counts is None  # each sleep would copy it to the host
+    assert runner.sampler.penalties_state.output_bin_counts is None  # each sleep would copy them to the host
     assert engine._graphs is not None
     before = engine.generate(prompts_of(), sampling(), policy_step=0)
     free = iter([8 << 30, 7 << 30])
