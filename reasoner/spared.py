@@ -1,8 +1,10 @@
 """Packages that libraries import at a start only because they find them installed, and that nothing here uses.
 
-transformers takes scikit-learn for a setting of assisted generation and scipy for object detection, vLLM scipy for
-sound and pandas for a table of AMD's kernels: hundreds of modules. None of the libraries that are imported then
-requires one of them, so each gets on without.
+transformers takes scikit-learn for a setting of assisted generation, scipy for object detection, torchvision for
+pictures and torchaudio for sound, vLLM scipy for sound, OpenCV for films and pandas for a table of AMD's kernels, and
+the hub's client trio for programs that run on it: hundreds of modules. None of the libraries that are imported then
+requires one of them, so each gets on without. transformers goes on taking them for absent in this process; no part of
+a run reads pictures or sound.
 """
 
 import sys
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SPARED = ("sklearn", "scipy", "pandas")
+SPARED = ("sklearn", "scipy", "pandas", "torchvision", "torchaudio", "cv2", "trio")
 
 
 @contextmanager
