@@ -12,7 +12,7 @@ from reasoner.models.adapted_linear import forget
 from reasoner.models.attention import Layout
 from reasoner.models.loading import layers_of, recompute_layers
 from reasoner.models.policy import Policy
-from reasoner.worst_batch import longest_trained, worst_layout, worst_lengths
+from reasoner.worst_batch import is_whole_step, longest_trained, worst_layout, worst_lengths
 
 GIB = 1 << 30
 KEPT_SHARE = 0.9  # of the room, for layers that need not keep what they made: no two batches leave the same gaps
@@ -77,14 +77,15 @@ def _keep_what_fits(
 def _stage_peak(config: Config, policy: Policy, stage: str, max_context: int) -> int | None:
     policy.train_mode(dropout=stage == "sft")
     worst = worst_layout(config, stage, max_context, shares=policy.shares_prompts)
-    return peak_bytes(policy, worst, entropy=_entropy_learns(config, stage))
+    passes = 1 if is_whole_step(config, stage, max_context, shares=policy.shares_prompts) else 2
+    return peak_bytes(policy, worst, entropy=_entropy_learns(config, stage), passes=passes)
 
 
-def peak_bytes(policy: Policy, layout: Layout, *, entropy: bool) -> int | None:
-    """Bytes above what is held now, at the peak of two micro-batches in a row; None if they are too many.
+def peak_bytes(policy: Policy, layout: Layout, *, entropy: bool, passes: int = 2) -> int | None:
+    """Bytes above what is held now, at the peak of `passes` micro-batches in a row; None if they are too many.
 
-    The second one runs beside the first one's gradients, as it does in a step. Every token that is computed, but each
-    sequence's first, is trained: prompts may be that short.
+    The second one runs beside the first one's gradients, as it does in a step that has several. Every token that is
+    computed, but each sequence's first, is trained: prompts may be that short.
     """
     device = policy.device
     on_card = device.type == "cuda"
@@ -98,7 +99,7 @@ def peak_bytes(policy: Policy, layout: Layout, *, entropy: bool) -> int | None:
         firsts = torch.tensor(layout.shared, device=device)[there.sequence_ids].clamp(min=1)
         batch = PackedBatch(token_ids=ids, layout=there, completion_mask=there.positions >= firsts)
         with torch.random.fork_rng(devices=[device] if on_card else []):
-            for _ in range(2):
+            for _ in range(passes):
                 found = policy.logprobs(batch, temperature=1.0)
                 (found.logprobs.sum() + found.entropy.sum() if entropy else found.logprobs.sum()).backward()
         return torch.cuda.max_memory_allocated(device) - held if on_card else 0

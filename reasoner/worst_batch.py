@@ -1,4 +1,5 @@
-"""The fullest micro-batch that a stage's settings allow, by arithmetic: what the rehearsal before step 1 runs.
+"""The fullest micro-batch that a stage's settings allow, and whether a step has several, by arithmetic: what the
+rehearsal before step 1 runs.
 
 Left out: what it costs (memory.py).
 """
@@ -6,7 +7,7 @@ Left out: what it costs (memory.py).
 import math
 
 from reasoner.config import Config, data_of
-from reasoner.grpo.batch import WITH_COPIES
+from reasoner.grpo.batch import SHARED_FROM, WITH_COPIES
 from reasoner.models.attention import Layout
 
 
@@ -42,6 +43,23 @@ def worst_layout(config: Config, stage: str, max_context: int, *, shares: bool, 
     if copies <= 0:  # the whole step fits as it is
         return Layout.of(lengths)
     return Layout.of(_spread(whole, count), shared=[0, *_spread(copies, count - 1)])
+
+
+def is_whole_step(config: Config, stage: str, max_context: int, *, shares: bool) -> bool:
+    """Whether a step of the stage is one micro-batch, however long its prompts and completions turn out.
+
+    >>> is_whole_step(config, "grpo", 2048, shares=True)  # 32 x 8 of 256 + 200 tokens, tokens_per_micro_batch=65536
+    True
+    """
+    tokens, longest = getattr(config, stage).tokens_per_micro_batch, longest_trained(config, stage, max_context)
+    rows = _rows(config, stage)
+    if not shares or stage == "sft":
+        return rows * longest <= tokens
+    further = config.grpo.completions_per_prompt - 1
+    group = longest + further * min(longest, config.grpo.max_completion_tokens)
+    # A prompt that is not shared, for that would save less than a token in SHARED_FROM, is computed for each.
+    group = min((1 + further) * longest, math.ceil(group * SHARED_FROM / (SHARED_FROM - 1)))
+    return config.grpo.prompts_per_step * group <= tokens and rows * longest <= WITH_COPIES * tokens
 
 
 def longest_trained(config: Config, stage: str, max_context: int) -> int:

@@ -13,14 +13,15 @@ import torch
 from reasoner import peak
 from reasoner.config import Lora
 from reasoner.errors import OutOfMemory
-from reasoner.grpo.batch import PackedBatch
+from reasoner.grpo.batch import PackedBatch, pack
 from reasoner.kernels import linear_logprobs, tiles
 from reasoner.memory import GIB, plan_memory
 from reasoner.models import adapters
 from reasoner.models.attention import Layout
 from reasoner.models.policy import Policy, _recomputes
 from reasoner.peak import peak_bytes, rehearse
-from reasoner.worst_batch import worst_layout, worst_lengths
+from reasoner.types import Completion, Group, Prompt
+from reasoner.worst_batch import is_whole_step, worst_layout, worst_lengths
 from tests.models.tiny_models import lora_of, make_model, make_policy
 from tests.test_memory import CONTEXT, conf
 
@@ -71,6 +72,42 @@ def test_the_fullest_micro_batch_of_a_step_that_fits_has_no_copies(override: str
     assert len(set(worst.lengths)) == 1 and not any(worst.shared)
 
 
+def pieces(prompt: int, completion: int, tokens: int, *, shares: bool) -> int:
+    """Micro-batches of a step of 3 groups of 4 completions, all of these lengths."""
+    ids = (0,) * completion
+    several = (Completion(ids, (True,) * completion, (0.0,) * completion, "", "stop", 0, 0),) * 4
+    groups = [Group(Prompt("", "", "", {}, (number,) * prompt), several, ()) for number in range(3)]
+    return len(pack(groups, share_prompts=shares).split(tokens))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("longest_prompt", [1, 2, 5, 8, 60])
+def test_a_whole_step_is_one_micro_batch_whatever_its_lengths(longest_prompt: int, shares: bool):
+    """Short prompts are not shared, and copies of long ones fill a micro-batch before its tokens do."""
+    sizes = ["grpo.prompts_per_step=3", "grpo.completions_per_prompt=4", "grpo.max_completion_tokens=24"]
+    config = conf(*sizes, f"data.max_prompt_tokens={longest_prompt}")
+    prompts, completions = range(1, longest_prompt + 1), (1, 2, 23, 24)
+
+    def is_one(tokens: int) -> bool:
+        settings = replace(config.grpo, tokens_per_micro_batch=tokens)
+        return is_whole_step(replace(config, grpo=settings), "grpo", CONTEXT, shares=shares)
+
+    fewest = next(tokens for tokens in range(1, 1100) if is_one(tokens))
+    assert all(pieces(p, c, fewest, shares=shares) == 1 for p in prompts for c in completions)
+    ends = {1, longest_prompt // 2 + 1, longest_prompt}
+    needed = next(n for n in range(fewest, 0, -1) if max(pieces(p, 24, n - 1, shares=shares) for p in ends) > 1)
+    assert fewest <= needed * 32 / 31 + 3, "a step that is one micro-batch is not known for one"
+    assert is_one(fewest + 1) and not any(is_one(tokens) for tokens in range(1, needed))
+
+
+def test_conf_smol_has_one_micro_batch_a_step_in_grpo_and_several_in_sft():
+    smol = conf(name="smol")
+    assert is_whole_step(smol, "grpo", 2048, shares=True) and not is_whole_step(smol, "grpo", 2048, shares=False)
+    assert not is_whole_step(smol, "sft", 2048, shares=True)
+    few = replace(smol, sft=replace(smol.sft, examples_per_step=4))
+    assert is_whole_step(few, "sft", 2048, shares=True)
+
+
 class SmallCard(Policy):
     """A policy on a card that runs out at some tokens: the CPU itself would be killed."""
 
@@ -112,7 +149,7 @@ def test_layers_recompute_only_where_the_worst_micro_batch_does_not_fit_without(
     assert config.model.gradient_checkpointing == "auto"
     sizes = {50: 3, 64: 5}  # bytes without recomputing; with, 2; with inputs on the host, 1
 
-    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int:
+    def measured(policy: Policy, layout: Layout, *, entropy: bool, passes: int) -> int:
         assert all(part.training for part in policy.model.modules() if _recomputes(part))
         return 1 if policy.offloads else 2 if policy.recomputed else sizes[own_tokens(layout)]
 
@@ -146,7 +183,7 @@ def test_as_many_layers_as_fit_keep_what_they_made(
     policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=12)
     seen = []
 
-    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int:
+    def measured(policy: Policy, layout: Layout, *, entropy: bool, passes: int) -> int:
         assert all(part.training for part in policy.model.modules() if _recomputes(part))
         seen.append(policy.recomputed)
         return 100 + each * (12 - policy.recomputed) if policy.recomputed else 1300
@@ -163,7 +200,7 @@ def test_where_keeping_more_layers_runs_out_half_as_many_are_tried(monkeypatch: 
     policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=12)
     seen = []
 
-    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int | None:
+    def measured(policy: Policy, layout: Layout, *, entropy: bool, passes: int) -> int | None:
         seen.append(kept := 12 - policy.recomputed)
         return None if kept > 8 else max(500, 100 * kept)
 
@@ -176,7 +213,7 @@ def test_layers_keep_what_the_stage_that_takes_most_leaves_them(monkeypatch: pyt
     config = conf(*SHORT, "sft.tokens_per_micro_batch=50", "grpo.tokens_per_micro_batch=64", name="gsm8k_base")
     policy = make_policy("llama", lora=lora_of("llama"), num_hidden_layers=12)
 
-    def measured(policy: Policy, layout: Layout, *, entropy: bool) -> int:
+    def measured(policy: Policy, layout: Layout, *, entropy: bool, passes: int) -> int:
         return own_tokens(layout) * (12 - policy.recomputed)
 
     monkeypatch.setattr(peak, "peak_bytes", measured)
@@ -193,6 +230,14 @@ def test_the_second_of_two_micro_batches_runs_beside_the_firsts_gradients():
     )
     assert peak_bytes(policy, Layout.of([30, 20]), entropy=True) == 0
     assert gradients_there == [False, True]
+
+
+def test_where_a_step_is_one_micro_batch_it_is_rehearsed_once():
+    config = conf(*SHORT, "sft.tokens_per_micro_batch=50", "grpo.tokens_per_micro_batch=64", name="gsm8k_base")
+    few = replace(config.grpo, prompts_per_step=1, completions_per_prompt=2)
+    policy = small_card(64)
+    rehearse(replace(config, grpo=few), policy, max_context=128, room=0)
+    assert policy.seen == (50, 50, 64)
 
 
 def test_the_rehearsal_trains_what_it_computes_and_no_copy():
