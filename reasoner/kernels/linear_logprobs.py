@@ -65,7 +65,9 @@ def linear_logprobs(
     Differentiable in hidden and, if it requires grad, head_weight, for gradients arriving at logprobs and at entropy.
     Inputs may be bfloat16, float16, float32 or float64 and strided in any way; gradients come back in the input's
     dtype, summed in float32 or better. The same inputs give the same bits. Raises ValueError on a wrong shape, dtype or
-    device, a temperature or soft_cap that is not above 0, a target outside [0, V).
+    device, a temperature or soft_cap that is not above 0, a target outside [0, V). The last is not said, as
+    that would wait for the card, by the Triton path in bfloat16 where hidden needs a gradient and the head none: such a
+    row's numbers and gradient are NaN.
     """
     _check(hidden, head_weight, target_ids, temperature, soft_cap, logit_scale)
     # The one place where an implementation is chosen.

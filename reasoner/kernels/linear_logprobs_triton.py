@@ -13,10 +13,11 @@ them in the head's dtype and their row sums per tile; cuBLAS adds odds @ weight 
 turns that into the factor of the row, float16 with one float32 scale. Nothing is added by atomics: the same inputs
 give the same bits.
 
-The odds carry 2^-64, so that bfloat16's exponents reach from 1 - p = 2^-62 to logp = -112. Rows beyond, and rows that
-are not finite, are found by their sum and done again by the torch implementation: one wait for the card a call, for
-the last sums, while the last product is made. Targets that are no column of the logits are found there too, as rows
-that are not finite.
+The odds carry 2^-64, so that bfloat16's exponents reach from 1 - p = 2^-62 to logp = -112. Rows beyond are found by
+their sum. A kernel that is always launched, and mostly ends at once, makes their values and factors again from the
+logits, so that the host need not know and a call with a gradient never waits for the card; rows that are not finite,
+and targets that are no column of the logits, are not a number there. Without a factor the forward pass waits once, has
+the torch implementation do such rows again, and says which targets are wrong.
 
 Left out, and given to the torch implementation's backward pass (2 more matmuls for the odds made again, 3 with a
 trained head): a gradient that arrives at entropy, a trained head, and float16, whose exponents are too short for odds.
@@ -52,8 +53,9 @@ from reasoner.kernels.tiles import Tiles
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 SHIFT = 64.0  # the odds are kept as 2^-64 of themselves
-# Logits of rows that are computed again in torch, at a time: four tiles of float32 where the odds were.
+# Logits of rows that are computed again in torch, at a time: four tiles of float32, as large as a block of odds.
 AGAIN_ELEMENTS = table.ODDS_BYTES // 16
+EXACT_ELEMENTS = 1 << 14  # of the head, at a time, that the kernel of such rows holds in registers
 LIMIT = 2.0**99.5  # a larger sum of theirs may have lost terms; 2^100 x 2^18 columns x |w| is finite in float32
 
 
@@ -65,7 +67,11 @@ def linear_logprobs_triton(
     soft_cap: float | None,
     logit_scale: float,
 ) -> Logprobs:
-    """`linear_logprobs` for inputs that `triton_supported` takes and that are checked but for the targets' range."""
+    """`linear_logprobs` for inputs that `triton_supported` takes and that are checked but for the targets' range.
+
+    A target outside [0, V) raises ValueError, but where the factor is made: hidden needs a gradient, the head none, and
+    they are not float16. There its row is not a number, in values and gradient, as saying more would wait for the card.
+    """
     shape = LogitShape(temperature, soft_cap, logit_scale)
     frozen_head = not head_weight.requires_grad and head_weight.dtype != torch.float16
     with_factor = torch.is_grad_enabled() and hidden.requires_grad and frozen_head
@@ -103,6 +109,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if kept and d_logprobs is not None and d_entropy is None:
             return scaled_rows(Factor(*kept), d_logprobs, hidden.dtype), None, None, None, None
         known, wants = RowNumbers(logprobs, entropy, log_total), ctx.needs_input_grad[:2]
+        target_ids = target_ids.clamp(0, weight.shape[0] - 1)  # nobody asked; the numbers of a wrong one's row are NaN
         with torch.autocast(hidden.device.type, enabled=False):
             d_hidden, d_weight = backward_in_tiles(hidden, weight, target_ids, known, ctx.shape, wants, *grads)
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None
@@ -121,14 +128,21 @@ def forward(
     if num_rows == 0:
         return RowNumbers(*sums.new_empty(3, 0)), factor
     work = _Work(hidden, weight, target_ids, shape, sums, factor)
-    some_exceed = work.run()
+    work.run()
+    if factor is not None:
+        known = row_numbers(sums, work.target_bits)
+        work.exact(known)
+        return known, factor
+    some_exceed = _on_its_way(exceeding(sums).any())
     known = row_numbers(sums, work.target_bits)
     del work  # whose memory the rows below take
     if some_exceed():
         check_targets(target_ids, weight.shape[0])
         for rows in exceeding(sums).nonzero()[:, 0].split(max(AGAIN_ELEMENTS // weight.shape[0], 1)):
-            _again_in_torch(rows, hidden, weight, target_ids, shape, known, factor)
-    return known, factor
+            exact = forward_in_tiles(hidden[rows], weight, target_ids[rows], shape)
+            for mine, found in zip(known, exact, strict=True):
+                mine[rows] = found
+    return known, None
 
 
 def exceeding(sums: Tensor) -> Tensor:
@@ -144,29 +158,6 @@ def row_numbers(sums: Tensor, target_bits: Tensor) -> RowNumbers:
     surprise = torch.where(sums[0] < own, confident, total.log() + SHIFT * LN2)
     entropy = surprise - LN2 * (sums[1] + SHIFT * sums[0]) / total
     return RowNumbers(-surprise, entropy, target_bits * LN2 + surprise)
-
-
-def _again_in_torch(
-    rows: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    shape: LogitShape,
-    known: RowNumbers,
-    factor: Factor | None,
-) -> None:
-    """Rows whose odds are out of reach, exactly."""
-    few = hidden[rows], weight, target_ids[rows]
-    exact = forward_in_tiles(*few, shape)
-    for mine, found in zip(known, exact, strict=True):
-        mine[rows] = found
-    if factor is not None:
-        ones = torch.ones_like(exact.logprobs)
-        d_hidden, _ = backward_in_tiles(*few, exact, shape, (True, False), ones, None)
-        assert d_hidden is not None
-        top = d_hidden.abs().amax(1)
-        factor.scale[rows] = top
-        factor.factor[rows] = (d_hidden / top.clamp(min=1e-30)[:, None]).to(factor.factor.dtype)
 
 
 def scaled_rows(factor: Factor, d_logprobs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,12 +214,14 @@ class _Work:
                 self.loads.append(self.loads[0])  # nothing is stored
             else:
                 self.loads.append(TensorDescriptor.from_tensor(self.odds, [tiles.rows, tiles.columns // tiles.halves]))
+        cap = shape.soft_cap
+        # With a cap the kernels make tanh(a) from 2^(-2 |a| log2 e).
+        self.dot_scale = shape.gain * LOG2E if cap is None else 2 * LOG2E * shape.logit_scale / cap
+        self.cap_bits = 0.0 if cap is None else cap / shape.temperature * LOG2E
         self.target_bits, self.target_slopes = self._targets()
 
-    def run(self) -> Callable[[], bool]:
-        """Launch all blocks: odds and their sums, products with the head, factors. Whether some rows exceed is asked
-        for before the last product, so that what is handed back waits for no more than the sums."""
-        some_exceed: Callable[[], bool] = bool  # of no rows, none
+    def run(self) -> None:
+        """Launch all blocks: odds and their sums, products with the head, factors."""
         num_rows, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         for first_row in range(0, num_rows, self.rows):
             rows = min(self.rows, num_rows - first_row)
@@ -237,14 +230,24 @@ class _Work:
                 self._odds(first_row, rows, first_column, columns)
                 if first_column + columns == vocabulary:
                     self._sums(first_row, rows)
-                    if first_row + rows == num_rows:
-                        some_exceed = _on_its_way(exceeding(self.sums).any())
                 if self.factor is not None:
                     block = self.weight[first_column : first_column + columns]
                     _multiply(self.products[:rows], self.odds[:rows, :columns], block, add=first_column > 0)
             if self.factor is not None:
                 self._factors(first_row, rows)
-        return some_exceed
+
+    def exact(self, known: RowNumbers) -> None:
+        """Launch what makes values and factors anew of rows that the odds don't reach."""
+        assert self.factor is not None
+        num_rows, width = self.hidden.shape
+        block, rows = triton.next_power_of_2(width), 32
+        odds_triton.exact_kernel[(table.ceil_div(num_rows, rows),)](
+            self.hidden, self.weight, self.target_ids, self.sums, self.target_bits, self.target_slopes, *known,
+            self.factor.factor, self.factor.scale, num_rows, self.hidden.stride(0), self.weight.stride(0), width,
+            self.weight.shape[0], self.shape.gain, self.dot_scale, self.cap_bits, LIMIT,
+            ROWS=rows, COLUMNS=min(max(EXACT_ELEMENTS // block, 1), 256), CAPPED=self.shape.soft_cap is not None,
+            BLOCK=block, num_warps=8,
+        )  # fmt: skip
 
     def _targets(self) -> tuple[Tensor, Tensor]:
         """The target's logit in bits, and the slope of the soft cap there: [N]."""
@@ -261,20 +264,17 @@ class _Work:
         return inner.tanh() * (self.shape.soft_cap / self.shape.temperature * LOG2E), slopes
 
     def _odds(self, first_row: int, rows: int, first_column: int, columns: int) -> None:
-        tiles, cap = self.tiles, self.shape.soft_cap
+        tiles = self.tiles
         down, across = table.ceil_div(rows, tiles.rows), table.ceil_div(columns, tiles.columns)
         programs = self.processors if tiles.persistent else 1 << 30  # of which each takes one tile
-        # With a cap the kernel makes tanh(a) from 2^(-2 |a| log2 e).
-        dot_scale = self.shape.gain * LOG2E if cap is None else 2 * LOG2E * self.shape.logit_scale / cap
-        cap_bits = 0.0 if cap is None else cap / self.shape.temperature * LOG2E
         odds_triton.odds_kernel[(min(programs, down * across),)](
             *self.loads, self.target_bits, self.target_ids, self.partials,
             first_row, rows, self.weight.shape[0], down, across, first_column // tiles.columns,
             self.hidden.stride(0), self.weight.stride(0), self.columns,
-            self.partials.stride(0), self.partials.stride(1), dot_scale, cap_bits, SHIFT,
+            self.partials.stride(0), self.partials.stride(1), self.dot_scale, self.cap_bits, SHIFT,
             D=self.hidden.shape[1], ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=tiles.group,
             DESCRIPTORS=tiles.descriptors, HALVES=tiles.halves, FLATTEN=tiles.persistent, PROGRAMS=programs,
-            STORE=self.factor is not None, CAPPED=cap is not None, RAGGED=columns % tiles.columns > 0,
+            STORE=self.factor is not None, CAPPED=self.shape.soft_cap is not None, RAGGED=columns % tiles.columns > 0,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 

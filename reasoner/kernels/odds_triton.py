@@ -14,24 +14,34 @@ CHANGING = ["first_row", "rows", "down", "across", "first_tile", "plane"]
 
 
 @triton.jit
-def _odds_of(
-    dots, target_bits, targets, columns, vocabulary, dot_scale, cap_bits, CAPPED: tl.constexpr, RAGGED: tl.constexpr
-):
-    """A tile's odds (with a cap times its slope), and of each row their sum and that of odds x log2 odds."""
+def _bits_of(dots, dot_scale, cap_bits, CAPPED: tl.constexpr):
+    """Logits in bits, their exponential's exponent to the base of 2, and the slope of the soft cap there."""
     if CAPPED:
         small = tl.exp2(-tl.abs(dots * dot_scale))
         inverse = 1 / (1 + small)
         tanh = (1 - small) * inverse
-        bits = tl.where(dots * dot_scale < 0, -tanh, tanh) * cap_bits - target_bits[:, None]
+        bits = tl.where(dots * dot_scale < 0, -tanh, tanh) * cap_bits
+        slopes = 4 * small * inverse * inverse  # 1 - tanh^2, without its cancellation
     else:
-        bits = dots * dot_scale - target_bits[:, None]
+        bits = dots * dot_scale
+        slopes = 1.0
+    return bits, slopes
+
+
+@triton.jit
+def _odds_of(
+    dots, target_bits, targets, columns, vocabulary, dot_scale, cap_bits, CAPPED: tl.constexpr, RAGGED: tl.constexpr
+):
+    """A tile's odds (with a cap times its slope), and of each row their sum and that of odds x log2 odds."""
+    bits, slopes = _bits_of(dots, dot_scale, cap_bits, CAPPED)
+    bits -= target_bits[:, None]
     if RAGGED:
         bits = tl.where((columns < vocabulary)[None, :], bits, -1e30)
     odds = tl.where(columns[None, :] != targets[:, None], tl.exp2(bits), 0.0)
     total = tl.sum(odds, 1)
     moment = tl.sum(odds * bits, 1)
     if CAPPED:
-        odds = odds * (4 * small * inverse * inverse)  # 1 - tanh^2, without its cancellation
+        odds = odds * slopes
     return odds, total, moment
 
 
@@ -161,6 +171,75 @@ def factor_kernel(
     scaled = value * tl.where(top > 0, 1 / top, 0.0)
     tl.store(factor + row * width + k, scaled.to(factor.dtype.element_ty), mask=inside)
     tl.store(factor_scale + row, top * (total / (total + own)) * gain)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def exact_kernel(
+    hidden, weight, target_ids, sums, target_bits, target_slopes, logprobs, entropy, log_total, factor, factor_scale,
+    num_rows, hidden_stride, weight_stride, width, vocabulary, gain, dot_scale, cap_bits, limit,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Values and factors of those rows whose sum is not below the limit, anew from their logits, one after the other.
+
+    A program looks at ROWS rows that lie far apart. A row whose sum is not a number is left, as its numbers aren't any.
+    """
+    first = tl.program_id(0)
+    step = tl.num_programs(0)
+    mine = first + tl.arange(0, ROWS) * step
+    beyond = tl.load(sums + mine, mask=mine < num_rows, other=0.0) >= limit
+    if tl.max(beyond.to(tl.int32), 0) > 0:
+        for row in range(first, num_rows, step):
+            if tl.load(sums + row) >= limit:
+                _exact_row(
+                    hidden, weight, target_ids, target_bits, target_slopes, logprobs, entropy, log_total, factor,
+                    factor_scale, tl.cast(row, tl.int64), hidden_stride, weight_stride, width, vocabulary, gain,
+                    dot_scale, cap_bits, COLUMNS, CAPPED, BLOCK,
+                )  # fmt: skip
+
+
+@triton.jit
+def _exact_row(
+    hidden, weight, target_ids, target_bits, target_slopes, logprobs, entropy, log_total, factor, factor_scale, row,
+    hidden_stride, weight_stride, width, vocabulary, gain, dot_scale, cap_bits,
+    COLUMNS: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row against its largest logit so far. Its target, 2^-160 of the sums, is among them here."""
+    k = tl.arange(0, BLOCK)
+    inside = k < width
+    left = tl.load(hidden + row * hidden_stride + k, mask=inside, other=0.0).to(tl.float32)
+    maximum = -1e30
+    total = 0.0
+    moment = 0.0
+    product = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        right_at = weight + tl.minimum(column, vocabulary - 1).to(tl.int64)[:, None] * weight_stride + k[None, :]
+        right = tl.load(right_at, mask=inside[None, :], other=0.0).to(tl.float32)
+        bits, slopes = _bits_of(tl.sum(right * left[None, :], 1), dot_scale, cap_bits, CAPPED)
+        bits = tl.where(column < vocabulary, bits, -1e30)
+        top = tl.maximum(maximum, tl.max(bits, 0))
+        share = tl.exp2(bits - top)
+        decay = tl.exp2(maximum - top)
+        moment = (moment + (maximum - top) * total) * decay + tl.sum(share * (bits - top), 0)
+        total = total * decay + tl.sum(share, 0)
+        product = product * decay + tl.sum((share * slopes)[:, None] * right, 0)
+        maximum = top
+    ln2: tl.constexpr = 0.6931471805599453
+    rest = tl.log2(total)
+    tl.store(logprobs + row, (tl.load(target_bits + row) - maximum - rest) * ln2)
+    tl.store(entropy + row, (rest - moment / total) * ln2)
+    tl.store(log_total + row, (maximum + rest) * ln2)
+
+    # The sum of a row whose target is no column is not a number, so this one is a column.
+    own_at = weight + tl.load(target_ids + row).to(tl.int64) * weight_stride + k
+    own_weight = tl.load(own_at, mask=inside, other=0.0).to(tl.float32)
+    if CAPPED:
+        own_weight *= tl.load(target_slopes + row)
+    value = own_weight - product / total
+    top = tl.max(tl.abs(value), 0)
+    scaled = value * tl.where(top > 0, 1 / top, 0.0)
+    tl.store(factor + row * width + k, scaled.to(factor.dtype.element_ty), mask=inside)
+    tl.store(factor_scale + row, top * gain)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from tests.models.tiny_models import lora_of, make_policy
 
 # Operations whose answer the host needs before it can go on.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2", "is_nonzero"}
-# What a card does by other means: attention is one kernel over all lengths there, and the loss head's kernel checks
-# its own rows, for which it waits once, by an event.
+# What a card does by other means: attention is one kernel over all lengths there, and the loss head's kernels make a
+# row of a wrong target NaN.
 CPU_ALONE = {"_bucketed", "check_targets"}
 
 

@@ -20,6 +20,7 @@ from reasoner.kernels import tiles
 CARDS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma", 120: "mma.sync"}
 # (gradient, soft cap)
+FOR_A_GRADIENT = ["factor_kernel", "exact_kernel", "scaled_rows_kernel"]
 CALLS = [(True, None), (True, 30.0), (False, None)]
 
 
@@ -70,11 +71,17 @@ def call(card: int, width: int, gradient: bool, soft_cap: float | None, monkeypa
 @pytest.mark.parametrize("card", CARDS)
 def test_every_kernel_fits_every_card(card, gradient, soft_cap, built, monkeypatch):
     call(card, 1536, gradient, soft_cap, monkeypatch)
-    names = ["target_dots_kernel", "odds_kernel", "sums_kernel", *["factor_kernel", "scaled_rows_kernel"] * gradient]
+    names = ["target_dots_kernel", "odds_kernel", "sums_kernel", *FOR_A_GRADIENT * gradient]
     assert [name for name, _, _ in built] == names
     for name, shared, _ in built:
         assert shared <= CARDS[card] << 10, f"{name} asks for {shared} bytes of {CARDS[card] << 10}"
     assert INSTRUCTION[card] in built[1][2]
+
+
+@pytest.mark.parametrize("card", [86, 90])
+def test_a_wide_model_fits_too(card, built, monkeypatch):
+    call(card, 8192, True, 30.0, monkeypatch)
+    assert max(shared for _, shared, _ in built) <= CARDS[card] << 10
 
 
 def test_inputs_that_the_accelerator_refuses_take_pointers(built, monkeypatch):

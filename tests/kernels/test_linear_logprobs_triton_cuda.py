@@ -145,12 +145,19 @@ def test_rows_by_row_forms_of_other_cards(monkeypatch):
     assert_close(run(linear_logprobs, *odd), truth_of(*odd))
 
 
-def test_a_target_that_is_no_column_is_said():
+def test_a_target_that_is_no_column_is_said_or_its_row_alone_is_not_a_number():
     hidden, weight, target_ids = make_rows(300, 5003, 512, True)
+    right = run(linear_logprobs, hidden, weight, target_ids)
     for wrong in (-100, 5003, 2**40):
         target_ids[299] = wrong
-        with pytest.raises(ValueError, match=r"target_ids must lie in 0\.\.5002"):
-            linear_logprobs(hidden.requires_grad_(), weight, target_ids)
+        said = pytest.raises(ValueError, match=r"target_ids must lie in 0\.\.5002")
+        with said, torch.no_grad():
+            linear_logprobs(hidden, weight, target_ids)
+        with said:
+            linear_logprobs(hidden, weight.detach().requires_grad_(), target_ids)
+        for mine in (run(linear_logprobs, hidden, weight, target_ids, entropy=entropy) for entropy in (0.5, 0.0)):
+            assert all(numbers[299].isnan().all() and numbers[:299].isfinite().all() for numbers in mine)
+        assert all(torch.equal(one[:299], other[:299]) for one, other in zip(mine, right, strict=True))
     torch.cuda.synchronize()  # no address was out of reach
 
 
@@ -160,22 +167,65 @@ def test_strided_hidden_and_a_head_that_is_part_of_another():
     assert_close(run(linear_logprobs, *views), truth_of(hidden, weight, target_ids))
 
 
-def test_h3_rows_out_of_reach_of_the_odds_are_exact():
-    """Targets from e^-40 to e^-400, and one row that is not finite, which stays alone with it."""
-    hidden, weight, target_ids = make_rows(64, 5000, 512, False)
-    rival = (target_ids + 7) % 5000
-    gap = torch.linspace(40, 400, 64, device="cuda")[:, None] / 2
+def far_rows(vocabulary: int, width: int):
+    """Targets from e^-40 to e^-400: below one rival in half of the rows, below all tokens alike in the others."""
+    hidden, weight, target_ids = make_rows(64, vocabulary, width, False)
+    rival = (target_ids + 7) % vocabulary
+    gap = torch.linspace(40, 400, 64, device="cuda")[:, None]
+    has_rival = (torch.arange(64, device="cuda") % 2)[:, None]
     toward = [weight[ids].float() / weight[ids].float().square().sum(1, keepdim=True) for ids in (rival, target_ids)]
-    inputs = (hidden + gap * (toward[0] - toward[1])).bfloat16(), weight, target_ids
-    mine, truth = run(linear_logprobs, *inputs), truth_of(*inputs)
-    assert truth[0].min() < -300
+    hidden = hidden + gap * (0.5 * has_rival * toward[0] - (1 - 0.5 * has_rival) * toward[1])
+    return hidden.bfloat16(), weight, target_ids
+
+
+# D=3584 and 1536 hold 4 and 8 columns of a row at a time, 512 holds 32.
+@pytest.mark.parametrize(
+    ("vocabulary", "width", "shape"),
+    [
+        (5000, 512, {}),
+        (5003, 3584, {}),
+        (151_936, 1536, {}),
+        (5003, 896, {"soft_cap": 90.0, "temperature": 0.5}),
+        (5003, 333, {}),
+    ],
+    ids=str,
+)
+def test_h3_rows_out_of_reach_of_the_odds_are_exact(vocabulary, width, shape):
+    """And one row that is not finite stays alone with it."""
+    inputs = far_rows(vocabulary, width)
+    mine, truth = run(linear_logprobs, *inputs, **shape), truth_of(*inputs, **shape)
+    assert truth[0].min() < -300 and (truth[0] < -113).sum() > 30
     assert_close(mine, truth)
-    inputs[0][60, 5] = torch.nan  # of a row that torch already does again: as many rows, the same matmuls
-    broken = run(linear_logprobs, *inputs)
-    assert broken[0][60].isnan()
-    others = torch.arange(64, device="cuda") != 60
+    with torch.no_grad():
+        plain = linear_logprobs(*inputs, **shape)
+    assert_close((plain.logprobs, plain.entropy, mine[2]), truth)
+    inputs[0][[0, 60], 5] = torch.nan  # one in reach, one not
+    broken = run(linear_logprobs, *inputs, **shape)
+    others = torch.ones(64, dtype=torch.bool, device="cuda")
+    others[[0, 60]] = False
     for one, other in zip(broken, mine, strict=True):
-        assert torch.equal(one[others], other[others])
+        assert one[~others].isnan().all() and torch.equal(one[others], other[others])
+
+
+@pytest.fixture
+def waits_are_errors():
+    before = torch.cuda.get_sync_debug_mode()
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_call_with_a_gradient_never_waits_for_the_card(monkeypatch, waits_are_errors):
+    from reasoner.kernels import linear_logprobs_triton as fast
+
+    def wait(flag: Tensor):
+        raise AssertionError("by an event")
+
+    inputs, to_logprobs = far_rows(5000, 512), upstream(64)
+    hidden = inputs[0].requires_grad_()
+    linear_logprobs(*inputs).logprobs.backward(to_logprobs)  # kernels are compiled, libraries take their workspaces
+    monkeypatch.setattr(fast, "_on_its_way", wait)
+    waits_are_errors()
+    linear_logprobs(hidden, *inputs[1:]).logprobs.backward(to_logprobs)
 
 
 def test_confident_rows_keep_their_relative_precision():
@@ -246,7 +296,7 @@ def test_h1_offsets_past_2_to_the_31():
     assert_close(run(linear_logprobs, hidden, weight, target_ids), truth_of(hidden, small, target_ids))
 
 
-@pytest.mark.parametrize("num_again", [0, 1000], ids=["in reach", "rows in torch"])
+@pytest.mark.parametrize("num_again", [0, 1000], ids=["in reach", "rows out of reach"])
 @pytest.mark.parametrize(("vocabulary", "width"), [(151_936, 1536), (262_144, 640)])
 def test_memory_beside_the_outputs_is_under_a_quarter_gib(vocabulary, width, num_again):
     hidden, weight, target_ids = make_rows(16_384, vocabulary, width, True)
