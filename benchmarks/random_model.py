@@ -111,7 +111,8 @@ def weights(settings: PretrainedConfig, seed: int = 0) -> Iterator[tuple[str, Te
     draws = torch.Generator(DEVICE).manual_seed(seed)
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=draws, device=DEVICE, dtype=torch.bfloat16)
-        yield name, 1 + 0.1 * drawn if "norm" in name else drawn * (STD if parameter.dim() == 2 else 0.1)
+        drawn *= STD if parameter.dim() == 2 else 0.1  # in place: a copy of an embedding is a gigabyte
+        yield name, drawn.add_(1) if "norm" in name else drawn
 
 
 def random_policy(

@@ -122,7 +122,15 @@ def _load_base(
     model: config.Model, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, engine_rows: bool = False
 ) -> tuple[PreTrainedModel, BaseWeights | None, Family, str | None]:
     """The base, frozen; the buffers it looks at; its family; the hub's commit."""
-    base, buffers = weights.read(model, tokenizer, device, engine_rows=engine_rows)
+    try:
+        base, buffers = weights.read(model, tokenizer, device, engine_rows=engine_rows)
+    except torch.OutOfMemoryError:
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+        smaller = "choose a smaller model" if model.quantize == "nf4" else "set model.quantize=nf4"
+        raise ModelError(
+            f"the weights of {model.name} do not fit on the GPU: its memory ran out while they were read ({total:.1f} "
+            f"GiB in all, {free:.1f} still free): {smaller}, or end the programs that hold the rest"
+        ) from None
     base.requires_grad_(False)
     family = family_of(base.config)
     revision = None if model.gguf or model.scratch else sources.locate(model).revision

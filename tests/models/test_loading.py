@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForConditionalG
 
 from reasoner import config
 from reasoner.errors import ModelError
-from reasoner.models import loading, sources
+from reasoner.models import loading, sources, weights
 from reasoner.models.loading import load_model, load_saved, load_tokenizer
 from reasoner.models.policy import Policy
 from reasoner.models.sources import check_model, context_limit
@@ -42,6 +42,23 @@ def llama(tmp_path: Path) -> config.Model:
 def edit_config(model: config.Model, **changes: object) -> None:
     path = Path(model.name) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "remedy"), [("none", "set model.quantize=nf4"), ("nf4", "choose a smaller model")]
+)
+def test_weights_that_do_not_fit_on_the_card_are_one_line(
+    llama: config.Model, quantize: Any, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(weights, "read", read)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 29, 8 << 30))
+    monkeypatch.setattr(sources, "check_model", lambda model: None)  # which wants a GPU for NF4
+    said = rf"^the weights of .*llama do not fit .* \(8\.0 GiB in all, 0\.5 still free\): {remedy}, or end the programs"
+    with pytest.raises(ModelError, match=said):
+        load(replace(llama, quantize=quantize))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
