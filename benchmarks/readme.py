@@ -7,7 +7,6 @@ results/.
 """
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,10 @@ def _moved(found: dict[str, Any]) -> str:
     return f"{before:.1f} → {after:.1f} ({gain['points']:+.1f}, {gain['low']:.1f} to {gain['high']:.1f})"
 
 
-def update(card: str) -> str:
+def update() -> str:
     """Whole updates beside the rivals: rows that were timed, and why a rival has none."""
     rows = []
-    for shape, part in read_json(RESULTS / f"update-{card}.json")["shapes"].items():
+    for shape, part in read_json(RESULTS / "update-h100.json")["shapes"].items():
         for side, found in part["sides"].items():
             if found.get("not_run"):
                 rows.append([shape, side, found["not_run"], *["-"] * 6])
@@ -105,6 +104,20 @@ def beside_trl() -> str:
     return table([*head, "s to the first sample"], rows)
 
 
+def home() -> str:
+    """What fits on a smaller card's memory at the settings of `card=`: seconds by part, and the most memory."""
+    rows = []
+    for name, case in read_json(RESULTS / "home-h100.json")["cases"].items():
+        if not case["fits"]:
+            rows.append([name, "no", *["-"] * 6])
+            continue
+        parts = [f"{case['median'][f'{part}_s']:.1f}" for part in ("generate", "update", "step")]
+        memory = f"{case['peak_gib']:.2f}"
+        rows.append([name, "yes", *parts, f"{case['median']['tokens_per_s']:,.0f}", memory, f"{case['start_s']:.0f}"])
+    head = ["shape-GiB", "fits", "generate, s", "update", "a step", "tokens/s", "most GiB in use", "start, s"]
+    return table(head, rows)
+
+
 TABLES = {
     "tiny": tiny.table,
     "word_problems": word_problems,
@@ -112,12 +125,12 @@ TABLES = {
     "loss_head_rivals": linear_logprobs.beside_rivals,
     "elementwise": elementwise.overview,
     "nf4": nf4.overview,
-    "update": partial(update, "h200"),
-    "update_h100": partial(update, "h100"),
+    "update": update,
     "shared_prefix": shared_prefix,
     "long_context": long_context,
     "rollout": rollout,
     "beside_trl": beside_trl,
+    "home": home,
 }
 
 

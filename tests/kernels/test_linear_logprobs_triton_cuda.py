@@ -214,6 +214,7 @@ def waits_are_errors():
     torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_call_with_a_gradient_never_waits_for_the_card(monkeypatch, waits_are_errors):
     from reasoner.kernels import linear_logprobs_triton as fast
 
