@@ -25,24 +25,25 @@ def rehearse(config: Config, policy: Policy, *, max_context: int, room: int) -> 
     """Bytes that the fullest micro-batch of each training stage takes above what is held now, gradients included.
 
     Nothing is learnt: no gradient stays and random states are as before. With model.gradient_checkpointing=auto layers
-    recompute if a stage does not fit into `room` bytes without, but for as many of the last ones as do fit; where that
-    is not enough, all but the last keep their inputs on the host. Raises OutOfMemory, with a size that fits into
-    `room`, if a stage's own does not fit on the card.
+    recompute if a stage takes more than KEPT_SHARE of `room` bytes without, but for as many of the last ones as fit
+    into that; where `room` itself is not enough, all but the last keep their inputs on the host. Raises OutOfMemory,
+    with a size that fits into `room`, if a stage's own does not fit on the card.
     """
     peaks: dict[str, int] = {}
+    share = int(KEPT_SHARE * room)
     further = [False, True] if config.model.gradient_checkpointing == "auto" else []  # values of `offload`
     try:
         for stage in training_stages(config):
             free = _free_bytes(policy.device)
             found = _stage_peak(config, policy, stage, max_context)
-            while further and (found is None or found > room):
+            while further and (found is None or found > (room if further == [True] else share)):
                 recompute_layers(policy.base, config.model.name, offload=further.pop(0))
                 found = _stage_peak(config, policy, stage, max_context)
             if found is None:
                 raise OutOfMemory(_smaller(config, policy, stage, max_context, free=free, room=room))
             peaks[stage] = found
         if further == [True]:
-            return _keep_what_fits(config, policy, max_context, peaks, int(KEPT_SHARE * room))
+            return _keep_what_fits(config, policy, max_context, peaks, share)
     finally:
         policy.eval()
     return peaks

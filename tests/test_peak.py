@@ -154,10 +154,10 @@ def test_layers_recompute_only_where_the_worst_micro_batch_does_not_fit_without(
         return 1 if policy.offloads else 2 if policy.recomputed else sizes[own_tokens(layout)]
 
     monkeypatch.setattr(peak, "peak_bytes", measured)
-    for room, sft, grpo in ((5, 3, 5), (4, 3, 2), (2, 2, 2), (1, 1, 1)):
+    for room, sft, grpo in ((8, 3, 5), (7, 3, 2), (2, 2, 2), (1, 1, 1)):  # of 7 seven tenths are less than 5
         policy = small_card(64)
         assert rehearse(config, policy, max_context=128, room=room) == {"sft": sft, "grpo": grpo}
-        assert policy.recomputed == (room < 5) and policy.offloads is (room < 2)
+        assert policy.recomputed == (room < 8) and policy.offloads is (room < 2)
     fixed = replace(config, model=replace(config.model, gradient_checkpointing=False))
     policy = small_card(64)
     assert rehearse(fixed, policy, max_context=128, room=2) == {"sft": 3, "grpo": 5} and not policy.recomputed
