@@ -19,7 +19,7 @@ from benchmarks.update_work import ALPHA, LR, RANK, TARGETS, Row, Work, stepped
 from reasoner import config
 from reasoner.compose import compose_conf
 from reasoner.config import validate
-from reasoner.memory import STATES_8BIT
+from reasoner.memory import BFLOAT16, ENGINE, STATES_8BIT
 from reasoner.models.adapted_linear import AdaptedLinear, join
 from reasoner.models.loading import layers_of, recompute_layers
 from reasoner.models.policy import Policy
@@ -127,8 +127,9 @@ class Ours:
         typed += [f"sft.tokens_per_micro_batch={self.work.tokens}", f"sft.max_completion_tokens={self.work.longest}"]
         settings = validate(compose_conf("gsm8k_base", typed).values)
         assert settings.model.gradient_checkpointing == "auto"
-        states = STATES_8BIT * sum(weight.numel() for weight in self.policy.trainable().values())
-        room = int((gib - CONTEXT_GIB) * GIB) - torch.cuda.memory_allocated() - states
+        beside = (STATES_8BIT + BFLOAT16) * sum(weight.numel() for weight in self.policy.trainable().values())
+        beside += ENGINE + int(settings.rollout.keep_free_gib * GIB)
+        room = int((gib - CONTEXT_GIB) * GIB) - torch.cuda.memory_allocated() - beside
         rehearse(settings, self.policy, max_context=self.work.tokens, room=room)
 
     def _said(self, parts: int) -> str:

@@ -29,7 +29,7 @@ class Held:
     """What the loaded policy holds, in bytes, and what its shape says of the rest.
 
     >>> Held(base=1_203_000_000, second_base=0, in_16_bits=2_620_000_000, masters=73_859_072, below=0,
-    ...      num_trained=18_464_768, kv_token=28_672, score_row=607_744, prompt_token=66_048)
+    ...      num_trained=18_464_768, kv_token=28_672, score_row=607_744, prompt_token=66_048, packed=55_050_240)
     """
 
     base: int  # frozen weights
@@ -41,6 +41,7 @@ class Held:
     kv_token: int  # the engine's cache of one token
     score_row: int  # the head's float32 scores of one token
     prompt_token: int  # what the engine's widest layer makes of one token
+    packed: int  # the largest NF4 matrix that is multiplied with, in 16 bits; 0 without any
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ class MemoryPlan:
 
     @property
     def _layers(self) -> str:
-        recomputed = f", {self.recomputed} layers recomputed" if self.recomputed else ""
+        plural = "s" * (self.recomputed > 1)
+        recomputed = f", {self.recomputed} layer{plural} recomputed" if self.recomputed else ""
         return f"{recomputed}{', their inputs on the host' * self.offloads}"
 
     def parts_gib(self) -> dict[str, float]:
@@ -108,7 +110,7 @@ class MemoryPlan:
             (f"worst micro-batch{self._layers}", self.training, 0),
             ("base in 16 bits (rollout.dequantize)", 0, self.dequantized),
             ("scores of rollout.max_sequences tokens", 0, self.scores),
-            ("reading rollout.max_batched_tokens of prompts", 0, self.prompts),
+            ("reading prompts (rollout.max_batched_tokens, max_sequences)", 0, self.prompts),
             ("the engine's cache", 0, self.kv_bytes),
             ("kept free (rollout.keep_free_gib)", self.keep_free, self.keep_free),
             (f"together, of {self.total / GIB:.2f}", self.while_training, self.while_sampling),
@@ -148,6 +150,7 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
     frozen = [weight for weight in policy.model.parameters() if not weight.requires_grad]
     base = policy.weights.nbytes if policy.weights is not None else sum(weight.nbytes for weight in frozen)
     own = base if policy.weights is not None else BFLOAT16 * sum(weight.numel() for weight in frozen)
+    packed = policy.weights.fused_states.values() if policy.weights is not None else ()
     return Held(
         base=base,
         second_base=0 if share_base else own,
@@ -158,6 +161,7 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
         kv_token=kv_token_bytes(policy.base.config.get_text_config()),
         score_row=FLOAT32 * policy.head_weight.shape[0],
         prompt_token=prompt_token_bytes(policy.base.config.get_text_config()),
+        packed=max((BFLOAT16 * state.shape.numel() for state in packed), default=0),
     )
 
 
@@ -205,19 +209,25 @@ def parts_before(config: Config, held: Held, *, total: int, free: int, max_conte
         second_base=held.second_base,
         adapter=held.masters + copies * held.num_trained,  # what lies below is of the engine's copy
         optimizer=max(states, default=0) * held.num_trained,
-        engine=ENGINE,
+        engine=ENGINE + held.packed,  # from NF4 a graph makes a matrix in memory of its own
         keep_free=int(config.rollout.keep_free_gib * GIB),
         training=0,
         dequantized=held.in_16_bits if config.rollout.dequantize is not False else 0,
+        # With share_base=false there is no buffer for them, and vLLM's counts for penalties take as much.
         scores=config.rollout.max_sequences * held.score_row,
-        # Whoever read a prompt is given a token by vLLM's own sampler, which takes two further copies of the scores.
-        prompts=max(
-            config.rollout.max_batched_tokens * held.prompt_token, 2 * config.rollout.max_sequences * held.score_row
-        ),
+        prompts=_of_prompts(config, held),
         kv_bytes=0,
         kv_token=held.kv_token,
         longest=longest_sampled(config, max_context),
     )
+
+
+def _of_prompts(config: Config, held: Held) -> int:
+    """An engine's step over prompts: its widest layer, with the matrix that it makes of NF4; or, afterwards, two more
+    copies of the scores, which vLLM's own sampler takes for the first token of every sequence."""
+    sequences = config.rollout.max_sequences
+    tokens = max(config.rollout.max_batched_tokens, sequences)
+    return max(tokens * held.prompt_token + held.packed, 2 * sequences * held.score_row)
 
 
 def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> MemoryPlan:
@@ -239,7 +249,8 @@ def divide(config: Config, before: MemoryPlan, peaks: Mapping[str, int]) -> Memo
         )
     one = math.ceil(plan.longest * plan.kv_token * CACHE_SLACK)
     left = plan.total - plan.always - plan.scores - plan.prompts
-    shorter = f"lower grpo.max_completion_tokens, data.max_prompt_tokens or rollout.keep_free_gib{savings(config)}"
+    keys = "rollout.max_batched_tokens, rollout.max_sequences, grpo.max_completion_tokens, data.max_prompt_tokens"
+    shorter = f"lower {keys} or rollout.keep_free_gib{savings(config)}"
     if left < one:
         needed = plan.total - left + one
         raise _too_little(f"sampling one sequence of {plan.longest} tokens", needed, plan, shorter)

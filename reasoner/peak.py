@@ -15,8 +15,8 @@ from reasoner.models.policy import Policy
 from reasoner.worst_batch import is_whole_step, longest_trained, worst_layout, worst_lengths
 
 GIB = 1 << 30
-# Of the room, for layers that need not keep what they made. No two batches are cut alike, and what one gave back does
-# not fit the next: at nine tenths torch's allocator goes to the driver for every other layer, and the update stops.
+# Of the room, where layers could recompute and keep what they made. No two batches are cut alike, and what one gave
+# back does not fit the next: at nine tenths torch's allocator goes to the driver for every other layer, and all waits.
 KEPT_SHARE = 0.7
 TRIALS = 3
 
@@ -54,8 +54,9 @@ def _keep_what_fits(
 ) -> dict[str, int]:
     """Have as many of the last layers as fit into `room` keep what they made. -> the stages' peaks then.
 
-    `peaks`: those with one that keeps. What another one takes is the same for each, so that two measures tell of all;
-    but the first may hide behind the loss head, and kernels take workspaces, so that what they tell is tried.
+    `peaks`: those with one that keeps; of a stage that came before layers recomputed, what it took then, which is more
+    and fits too. What another one takes is the same for each, so that two measures tell of all; but the first may hide
+    behind the loss head, and kernels take workspaces, so that what they tell is tried.
     """
     layers, kept, best = len(layers_of(policy.base)), 1, peaks
     tried, size = kept, min(2, layers - 1)

@@ -36,6 +36,7 @@ SMALL = Held(
     kv_token=28_672,
     score_row=0,
     prompt_token=0,
+    packed=0,
 )
 CONTEXT = 32_768
 ENGINE = GIB // 2
@@ -146,7 +147,7 @@ def test_what_a_step_of_the_engine_makes_takes_from_the_cache():
     assert many.parts_gib()["scores"] == 0.25 and many.parts_gib()["prompts"] == 0.5
     lines = [re.split("  +", line) for line in many.lines()]
     assert ["scores of rollout.max_sequences tokens", "-", "0.25"] in lines
-    assert ["reading rollout.max_batched_tokens of prompts", "-", "0.50"] in lines
+    assert ["reading prompts (rollout.max_batched_tokens, max_sequences)", "-", "0.50"] in lines
     with pytest.raises(ModelError, match=r"^sampling one sequence of 768 tokens needs 5\.65 GiB"):
         planned(conf("card=8", "rollout.max_sequences=1024"), 5, 1, held)
 
@@ -198,8 +199,8 @@ def test_each_part_follows_its_setting():
             2.634375,
             0,
             "sampling one sequence of 768 tokens needs 2.65 GiB of GPU memory, and the card has 2.63 (0.50 of them "
-            "taken by CUDA and other programs): lower grpo.max_completion_tokens, data.max_prompt_tokens or "
-            "rollout.keep_free_gib",
+            "taken by CUDA and other programs): lower rollout.max_batched_tokens, rollout.max_sequences, "
+            "grpo.max_completion_tokens, data.max_prompt_tokens or rollout.keep_free_gib",
         ),
         (
             ["rollout.kv_gib=6"],
@@ -266,7 +267,7 @@ def test_what_a_policy_holds(share_base: bool):
     held = held_by(policy, share_base=share_base)
     sizes = 4 * trained, 0, trained, 2 * 2 * 2 * 8 * 2, 4 * policy.base.config.vocab_size
     shape = make_config("qwen3")
-    sizes += (2 * (3 * shape.intermediate_size + 4 * shape.hidden_size),)
+    sizes += (2 * (3 * shape.intermediate_size + 4 * shape.hidden_size), 0)
     assert held == Held(4 * frozen, 0 if share_base else 2 * frozen, 0, *sizes)
     assert kv_token_bytes(make_config("qwen3")) == held.kv_token
     whole = held_by(make_policy("qwen3"), share_base=True)
@@ -276,12 +277,25 @@ def test_what_a_policy_holds(share_base: bool):
 def test_a_shared_base_is_its_buffers():
     policy = make_policy("llama", lora=lora_of("llama"))
     policy.weights = SimpleNamespace(  # type: ignore[assignment]
-        nbytes=123, nbytes_below=45, states={"q": SimpleNamespace(shape=torch.Size((8, 64)))}
+        nbytes=123,
+        nbytes_below=45,
+        states={"q": SimpleNamespace(shape=torch.Size((8, 64)))},
+        fused_states={"q": SimpleNamespace(shape=torch.Size((8, 64))), "k": SimpleNamespace(shape=torch.Size((4, 64)))},
     )
     assert (held_by(policy, share_base=True).base, held_by(policy, share_base=False).second_base) == (123, 123)
     assert held_by(policy, share_base=True).below == 45
     beside = sum(weight.numel() for name, weight in policy.trainable().items() if "lora_A" in name)
     assert beside and held_by(policy, share_base=True).in_16_bits == 2 * (8 * 64 + beside)
+    assert held_by(policy, share_base=True).packed == 2 * 8 * 64
+
+
+def test_an_nf4_matrix_is_made_for_prompts_and_in_the_graphs_memory():
+    plain, packed = (
+        planned(conf("card=8", "rollout.max_sequences=3000"), 8, 1, replace(SMALL, prompt_token=MIB // 8, packed=size))
+        for size in (0, 50 * MIB)
+    )
+    assert plain.prompts == 3000 * MIB // 8  # a step takes no fewer tokens than sequences
+    assert (packed.engine - plain.engine, packed.prompts - plain.prompts) == (50 * MIB, 50 * MIB)
 
 
 def test_the_table():

@@ -126,7 +126,7 @@ def _load_base(
         base, buffers = weights.read(model, tokenizer, device, engine_rows=engine_rows)
     except torch.OutOfMemoryError:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-        smaller = "choose a smaller model" if model.quantize == "nf4" else "set model.quantize=nf4"
+        smaller = "set model.quantize=nf4" if model.lora and model.quantize == "none" else "choose a smaller model"
         raise ModelError(
             f"the weights of {model.name} do not fit on the GPU: its memory ran out while they were read ({total:.1f} "
             f"GiB in all, {free:.1f} still free): {smaller}, or end the programs that hold the rest"

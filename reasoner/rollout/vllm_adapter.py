@@ -39,8 +39,8 @@ class AdapterPart:
         return joined.view(*out.shape[:-1], joined.shape[-1])
 
     def joined(self, both: Tensor, bias: Tensor | None) -> Tensor:
-        """The same from x [W; A]^T: `both` [N, O + S r or more], whose last columns are x A^T. [N, O]; no tensor of
-        the caller's changes."""
+        """The same, [N, O] or with an activation [N, O / 2], from x [W; A]^T: `both` [N, O + S r or more], whose last
+        columns are x A^T. No tensor of the caller's changes."""
         outputs = self.b.shape[0]
         return self._join(both[:, :outputs], both[:, outputs:], bias, over=False)
 

@@ -47,6 +47,7 @@ def join(
     `bounds` says which columns of `out` each of the S parts begins and ends with; part s has columns s r to (s + 1) r
     of `low`. Sums are float32. Rows may lie apart, numbers of a row may not.
     """
+    assert low.shape[1] >= len(bounds) * b.shape[1] and b.shape[0] == base.shape[1], (low.shape, b.shape, base.shape)
     tile = next(tile for tile in JOIN_TILES if len(out) <= tile.most)
     segments, tiles = _segments(bounds, out.shape[1], tile.columns)
     _launch(join_kernel, tile, tiles, out, base, low, b, bias, scaling, SEGMENTS=segments)
@@ -66,6 +67,7 @@ def join_gated(
     """Write `out` [N, I] = silu(gate) * up, or by gelu's tanh form, where gate and up are the halves of what `join`
     would write for O = 2 I, rounded as there. A part is of one half, or of both."""
     width = out.shape[1]
+    assert low.shape[1] >= len(bounds) * b.shape[1] and b.shape[0] == base.shape[1], (low.shape, b.shape, base.shape)
     tile = next(tile for tile in GATED_TILES if len(out) <= tile.most)
     parts = _part(bounds, 0, width), _part(bounds, width, 2 * width)
     assert base.shape[1] == 2 * width and set(parts) >= set(range(len(bounds))), (bounds, base.shape)

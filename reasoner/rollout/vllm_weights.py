@@ -2,10 +2,10 @@
 # (vLLM is there only on GPU machines.)
 """vLLM's model on the trainer's weights and adapter: nothing is copied, converted or allocated a second time.
 
-Two documented extension points of vLLM do it. A *load format* makes vLLM's module on meta and gives each parameter a
-view of `BaseWeights`. A *quantization* gives each linear layer a method of ours, which multiplies with the base, NF4 or
-16-bit, and adds the adapter from buffers that `EngineAdapter` refills in place: CUDA graphs read the new values. vLLM's
-own LoRA stays off. Left out: experts, tensor parallelism.
+Three extension points of vLLM do it. A *load format* makes vLLM's module on meta and gives each parameter a view of
+`BaseWeights`. A *quantization* gives each linear layer a method of ours, which multiplies with the base, NF4 or 16-bit,
+and adds the adapter from buffers that `EngineAdapter` refills in place: CUDA graphs read the new values. A *model
+state* takes the penalties out of the sampler. vLLM's own LoRA stays off. Left out: experts, tensor parallelism.
 """
 
 from collections.abc import Mapping, Sequence

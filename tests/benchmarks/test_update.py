@@ -43,6 +43,13 @@ def test_layers_of_a_random_policy_recompute_as_those_of_a_run() -> None:
     assert recomputing.keywords["preserve_rng_state"]
 
 
+def test_the_row_of_a_card_runs_a_runs_rehearsal(tmp_path: Path) -> None:
+    ours = Ours(work_of("trial"), tmp_path)
+    assert ours.policy.recomputed == 1
+    ours._fit(16)  # on a CPU everything fits
+    assert ours.policy.recomputed == 0
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # peft 0.21 asks transformers 5.24 so
 def test_all_trainers_have_the_same_loss_before_they_learn(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -45,10 +45,15 @@ def edit_config(model: config.Model, **changes: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantize", "remedy"), [("none", "set model.quantize=nf4"), ("nf4", "choose a smaller model")]
+    ("quantize", "lora", "remedy"),
+    [
+        ("none", config.Lora(), "set model.quantize=nf4"),
+        ("nf4", config.Lora(), "choose a smaller model"),
+        ("none", None, "choose a smaller model"),  # all weights are trained, which NF4's can't be
+    ],
 )
 def test_weights_that_do_not_fit_on_the_card_are_one_line(
-    llama: config.Model, quantize: Any, remedy: str, monkeypatch: pytest.MonkeyPatch
+    llama: config.Model, quantize: Any, lora: config.Lora | None, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -58,7 +63,7 @@ def test_weights_that_do_not_fit_on_the_card_are_one_line(
     monkeypatch.setattr(sources, "check_model", lambda model: None)  # which wants a GPU for NF4
     said = rf"^the weights of .*llama do not fit .* \(8\.0 GiB in all, 0\.5 still free\): {remedy}, or end the programs"
     with pytest.raises(ModelError, match=said):
-        load(replace(llama, quantize=quantize))
+        load(replace(llama, quantize=quantize, lora=lora))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
