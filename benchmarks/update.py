@@ -4,10 +4,11 @@
     python -m benchmarks.update --trial                                               # a toy, on any machine
 
 NF4 base with random weights, LoRA r=32 on the seven projections, 24 sequences of 256 to 1,024 tokens, 16,384 together,
-nine tenths of each trained. Each trainer is a process of its own that holds its model all the time and takes turns
-with the others: there and back again, warm-up before each turn, the median of all timed updates. Ours has a row that
-recomputes layers and rows that don't. Plain transformers chooses the fastest of several micro-batch sizes. Seconds of
-ours include making the batch from lists; those of the others do not.
+nine tenths of each trained. Each trainer is a process of its own that holds its model all the time and takes turns with
+the others: there and back again, warm-up before each turn, the median of all timed updates. Ours has a row that
+recomputes layers, one that does so as far as a card of 24 GiB (1.5B) or 16 (7B) asks for it, and one that doesn't.
+Plain transformers chooses the fastest of several micro-batch sizes. Seconds of ours include making the batch from
+lists; those of the others do not.
 
 MFU counts three passes of 2 N P (P: the projections' weights) and two of 2 N V D for the trained rows' head, done or
 not: a row that recomputes nothing does two of the three. Memory is the allocator's peak, and what the device then holds

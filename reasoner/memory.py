@@ -91,11 +91,9 @@ class MemoryPlan:
 
     def parts_gib(self) -> dict[str, float]:
         """The parts and both sums in GiB, for summary.json."""
-        names = ("total", "taken", "base", "second_base", "adapter", "optimizer", "engine", "keep_free", "training")
-        sizes = {name: getattr(self, name) for name in (*names, "dequantized", "scores", "prompts")} | {
-            "kv": self.kv_bytes
-        }
-        sizes |= {"while_training": self.while_training, "while_sampling": self.while_sampling}
+        of_both = ("total", "taken", "base", "second_base", "adapter", "optimizer", "engine", "keep_free")
+        names = (*of_both, "training", "dequantized", "scores", "prompts", "while_training", "while_sampling")
+        sizes = {name: getattr(self, name) for name in names} | {"kv": self.kv_bytes}
         return {name: round(size / GIB, 3) for name, size in sizes.items()}
 
     def lines(self) -> list[str]:
@@ -151,6 +149,7 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
     base = policy.weights.nbytes if policy.weights is not None else sum(weight.nbytes for weight in frozen)
     own = base if policy.weights is not None else BFLOAT16 * sum(weight.numel() for weight in frozen)
     packed = policy.weights.fused_states.values() if policy.weights is not None else ()
+    hf_config = policy.base.config.get_text_config()
     return Held(
         base=base,
         second_base=0 if share_base else own,
@@ -158,9 +157,9 @@ def held_by(policy: Policy, *, share_base: bool) -> Held:
         masters=sum(weight.nbytes for weight in trained),
         below=policy.weights.nbytes_below if policy.weights is not None else 0,
         num_trained=sum(weight.numel() for weight in trained),
-        kv_token=kv_token_bytes(policy.base.config.get_text_config()),
+        kv_token=kv_token_bytes(hf_config),
         score_row=FLOAT32 * policy.head_weight.shape[0],
-        prompt_token=prompt_token_bytes(policy.base.config.get_text_config()),
+        prompt_token=prompt_token_bytes(hf_config),
         packed=max((BFLOAT16 * state.shape.numel() for state in packed), default=0),
     )
 

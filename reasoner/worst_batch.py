@@ -1,7 +1,7 @@
 """The fullest micro-batch that a stage's settings allow, and whether a step has several, by arithmetic: what the
 rehearsal before step 1 runs.
 
-Left out: what it costs (memory.py).
+Left out: what it costs (peak.py).
 """
 
 import math

@@ -170,12 +170,12 @@ def recompute_layers(base: PreTrainedModel, name: str, *, offload: bool = False,
     # that would keep it on the device for the whole pass, and its gradient beside it.
     if hasattr(base, "_require_grads_hook"):
         base.disable_input_require_grads()
-    while kept and len(layers) > 1:
-        layers.pop().gradient_checkpointing = False
-        kept -= 1
+    first_kept = max(1, len(layers) - kept)
+    for layer in layers[first_kept:]:
+        layer.gradient_checkpointing = False
     if offload:
         place = Offload(base.device)
-        for layer in layers:
+        for layer in layers[:first_kept]:
             layer._gradient_checkpointing_func = Offloaded(layer._gradient_checkpointing_func, place)
 
 

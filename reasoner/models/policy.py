@@ -191,19 +191,21 @@ class Policy:
     @property
     def recomputed(self) -> int:
         """How many layers keep their inputs alone and run again in the backward."""
-        return sum(_recomputes(part) for part in self.model.modules())
+        return len(self._recomputing())
 
     @property
     def offloads(self) -> bool:
         """Whether those inputs are kept on the host."""
-        layers = [part for part in self.model.modules() if _recomputes(part)]
-        return any(isinstance(getattr(layer, "_gradient_checkpointing_func", None), Offloaded) for layer in layers)
+        functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in self._recomputing())
+        return any(isinstance(function, Offloaded) for function in functions)
+
+    def _recomputing(self) -> list[torch.nn.Module]:
+        return [part for part in self.model.modules() if _recomputes(part)]
 
     def train_mode(self, *, dropout: bool) -> None:
         """Ready for a backward: layers recompute if loaded so, and the adapter drops inputs if `dropout` (SFT only)."""
         self.model.eval()
-        woken = [part for part in self.model.modules() if _recomputes(part)]
-        for part in [*woken, *(adapters.dropouts(self.model) if dropout else [])]:
+        for part in [*self._recomputing(), *(adapters.dropouts(self.model) if dropout else [])]:
             part.training = True  # not .train(): that would wake the base's own dropout below it
 
     def eval(self) -> None:
